@@ -1,0 +1,125 @@
+"""Parameters, FLOPs and memory of a model, counted on paper (pure arithmetic, no torch).
+
+Letters: V vocabulary, h hidden, L layers, A query heads, K key-value heads, d head_dim, i MLP width,
+s sequence, t tensor parallel, p pipeline parallel, n data parallel.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from megalite.config.deepspeed import Precision
+from megalite.config.model import ModelConfig
+
+FLOPS_FORMULA = (
+    "6 x matmul parameters (output layer counted, embedding lookup and norms not) + "
+    "12 x layers x heads x head_dim x seq_length (attention in full, the causal half is not subtracted); "
+    "recomputation is not counted"
+)
+
+_BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """Trainable numbers of the whole model; the vocabulary's padding and a tied head's copy not counted."""
+    tables = 1 if config.tie_word_embeddings else 2
+    ends = tables * config.vocab_size * config.hidden_size + config.hidden_size
+    return ends + config.num_hidden_layers * parameters_per_layer(config)
+
+
+def parameters_per_layer(config: ModelConfig, tp_size: int = 1) -> int:
+    """Numbers of one decoder layer on one tensor-parallel rank.
+
+    Matrices are cut over t; key and value heads at most K times, and held t/K-fold beyond; norms are whole.
+    """
+    query, key_value, mlp = _matrices(config)
+    return (
+        query // tp_size
+        + key_value // min(tp_size, config.num_key_value_heads)
+        + mlp // tp_size
+        + (2 * config.hidden_size)
+    )
+
+
+def flops_per_token(config: ModelConfig, seq_length: int) -> int:
+    """Floating-point operations of forward and backward for one token, by FLOPS_FORMULA.
+
+    6 per matmul parameter and 12 L A d s for attention: PaLM (arXiv 2204.02311), appendix B. It agrees with
+    equation 3 of Megatron-LM (arXiv 2104.04473) without its recomputed forward.
+    """
+    matmul_parameters = (
+        config.num_hidden_layers * sum(_matrices(config)) + config.vocab_size * config.hidden_size
+    )
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_length
+    return 6 * matmul_parameters + attention
+
+
+@dataclass(frozen=True)
+class ModelStateBytes:
+    """What one rank holds of the model between steps, in bytes; activations and buffers come on top."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return self.parameters + self.gradients + self.optimizer
+
+
+def model_state_bytes(
+    num_local_parameters: int,
+    *,
+    dp_size: int,
+    zero_stage: int,
+    precision: Precision,
+    grad_accum_dtype: Precision | None = None,
+) -> ModelStateBytes:
+    """Bytes of a rank whose stage and tensor-parallel slice hold `num_local_parameters` before ZeRO.
+
+    ZeRO (arXiv 1910.02054, figure 1): stage 1 cuts the optimizer over n ranks, 2 the gradients, 3 the
+    parameters. The optimizer is Adam in fp32: two moments, and a master copy of the weights. DeepSpeed makes
+    that copy at stages 1 and 2 even when the weights are fp32 themselves; at stage 3 it then shares them.
+    """
+    master_copy = precision != "fp32" or zero_stage in (1, 2)
+    sizes = (_BYTES[precision], _BYTES[grad_accum_dtype or precision], 12 if master_copy else 8)
+    cut_from_stage = (3, 2, 1)
+    parts = [
+        num_local_parameters * size / (dp_size if zero_stage >= stage else 1)
+        for size, stage in zip(sizes, cut_from_stage, strict=True)
+    ]
+    return ModelStateBytes(*parts)
+
+
+def model_state_bytes_per_rank(
+    config: ModelConfig,
+    *,
+    tp_size: int = 1,
+    pp_size: int = 1,
+    dp_size: int = 1,
+    zero_stage: int = 0,
+    precision: Precision = "fp32",
+    grad_accum_dtype: Precision | None = None,
+) -> ModelStateBytes:
+    """Bytes of the rank that holds most, see `model_state_bytes`; the vocabulary's padding is not counted."""
+    return model_state_bytes(
+        parameters_of_fullest_stage(config, tp_size, pp_size),
+        dp_size=dp_size,
+        zero_stage=zero_stage,
+        precision=precision,
+        grad_accum_dtype=grad_accum_dtype,
+    )
+
+
+def parameters_of_fullest_stage(config: ModelConfig, tp_size: int = 1, pp_size: int = 1) -> int:
+    """Upper bound of the numbers on one rank before ZeRO: ceil(L/p) layers beside the head and last norm."""
+    tables = 2 if pp_size == 1 and not config.tie_word_embeddings else 1
+    ends = tables * config.vocab_size * config.hidden_size // tp_size + config.hidden_size
+    return ends + ceil(config.num_hidden_layers / pp_size) * parameters_per_layer(config, tp_size)
+
+
+def _matrices(config: ModelConfig) -> tuple[int, int, int]:
+    """Numbers in a layer's matrices: query and output, key and value, MLP."""
+    width = config.hidden_size
+    query = 2 * width * config.num_attention_heads * config.head_dim
+    key_value = 2 * width * config.num_key_value_heads * config.head_dim
+    return query, key_value, 3 * width * config.intermediate_size

@@ -1,0 +1,25 @@
+"""Initial weights, the same in every layout: each depends on seed and parameter name alone."""
+
+import math
+
+import torch
+
+from megalite.config.model import ModelConfig
+from megalite.parallel.shard import Initializer, normal_initializer
+
+RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
+
+
+def llama_initializer(config: ModelConfig, seed: int) -> Initializer:
+    """N(0, initializer_range), and 1/sqrt(2L) of it for what writes to the residual stream.
+
+    The second keeps the stream's variance independent of depth (Radford 2019, GPT-2, section 2.3).
+    """
+    std = config.initializer_range
+    plain = normal_initializer(seed, std)
+    residual = normal_initializer(seed, std / math.sqrt(2 * config.num_hidden_layers))
+
+    def draw(name: str, full_shape: tuple[int, ...]) -> torch.Tensor:
+        return (residual if name.endswith(RESIDUAL_OUTPUTS) else plain)(name, full_shape)
+
+    return draw

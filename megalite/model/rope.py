@@ -1,0 +1,60 @@
+"""Rotary position embedding (Su 2021, arXiv 2104.09864), with linear and Llama-3 scaling.
+
+Dimension j turns with j + D/2, as in Hugging Face: exported weights need no permutation.
+"""
+
+import math
+
+import torch
+
+from megalite.config.model import ModelConfig, RopeScalingConfig
+
+
+def inverse_frequencies(
+    head_dim: int, theta: float, scaling: RopeScalingConfig | None = None
+) -> torch.Tensor:
+    """Angle per position of each pair of dimensions, fp32 [head_dim / 2]."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    frequencies = 1.0 / (theta**exponents)
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    return _llama3_scaled(frequencies, scaling)
+
+
+def _llama3_scaled(frequencies: torch.Tensor, scaling: RopeScalingConfig) -> torch.Tensor:
+    """Slow waves are stretched by `factor`, fast ones kept, those between blended (Llama 3.1 release)."""
+    assert scaling.low_freq_factor is not None and scaling.high_freq_factor is not None
+    assert scaling.original_max_position_embeddings is not None
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+
+
+class RotaryEmbedding:
+    """Cosines and sines of all positions, made at first use and kept.
+
+    Not a module with buffers: ZeRO-3 construction and `module.bfloat16()` would round the angles.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._tables: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def tables(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin, each [s, 1, 1, D], for x [s, b, heads, D], in its dtype and on its device."""
+        key = (x.size(0), x.dtype, x.device)
+        if key not in self._tables:
+            config = self._config
+            frequencies = inverse_frequencies(x.size(-1), config.rope_theta, config.rope_scaling)
+            angles = torch.outer(torch.arange(x.size(0)).float(), frequencies).repeat(1, 2)[:, None, None]
+            self._tables[key] = (angles.cos().to(x), angles.sin().to(x))
+        return self._tables[key]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn x [s, b, heads, D] by the angles of its positions."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin

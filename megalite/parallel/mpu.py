@@ -1,0 +1,32 @@
+"""The model-parallel unit: what DeepSpeed asks about groups, and no more.
+
+Deliberately absent: `initialize_sequence_parallel` and `get_sequence_*`. DeepSpeed takes their mere
+presence for Ulysses, drops the model-parallel group, and gradient norm and overflow become local.
+"""
+
+from megalite.parallel.context import Group, ParallelContext, group_rank, group_size
+
+
+class ModelParallelUnit:
+    """The five methods that DeepSpeed calls on an `mpu`; to it, "model parallel" is tp x pp."""
+
+    def __init__(self, context: ParallelContext) -> None:
+        self._context = context
+
+    def get_data_parallel_group(self) -> Group:
+        """Ranks that hold the same slices: ZeRO partitions over them."""
+        return self._context.dp_group
+
+    def get_data_parallel_world_size(self) -> int:
+        return group_size(self._context.dp_group)
+
+    def get_model_parallel_group(self) -> Group:
+        """Ranks that together hold one model: the gradient norm spans them."""
+        return self._context.model_parallel_group
+
+    def get_model_parallel_rank(self) -> int:
+        """pp_rank * tp_size + tp_rank, unique in one model."""
+        return group_rank(self._context.model_parallel_group)
+
+    def get_model_parallel_world_size(self) -> int:
+        return group_size(self._context.model_parallel_group)

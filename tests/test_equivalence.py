@@ -1,0 +1,287 @@
+"""Every layout is the same run: losses, gradient norms and gradients of one plain PyTorch process.
+
+The reference knows no DeepSpeed, no process group and no pipeline: one module, torch's AdamW and
+clip_grad_norm_. All runs are fp32 with clipping active.
+
+Tolerances: a layout sums the same numbers in another order, which in fp32 costs about 1e-7 relative a
+sum; 1e-5 at the first step is a hundred of those. Adam divides by the root of a second moment, so
+differences grow along the run: 1e-4 at the tenth step. A missing reduction is off by 1e-2 and more.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megalite.config.deepspeed import DeepSpeedConfig
+from megalite.config.model import ModelConfig
+from megalite.config.run import OptimizerConfig
+from megalite.model.attention import kv_replicas
+from megalite.model.layout import StageLayout
+from megalite.model.llama import LlamaStage
+from megalite.parallel.context import ParallelContext
+from megalite.parallel.topology import Topology
+from megalite.pipeline.p2p import Neighbours
+from megalite.pipeline.partition import layers_of_stage
+from megalite.pipeline.runner import PipelineRunner
+from megalite.pipeline.schedule import build_schedule, forward_only
+from megalite.training.engine import StageEngine, build_optimizer, initialize_communication
+from megalite.training.zero import adam_state, master_slices
+from tests.harness import run_distributed
+
+SEED, SEQ_LENGTH, BATCH, MICRO_BATCH, NUM_STEPS, CLIP = 7, 16, 8, 2, 10, 0.5
+MODEL = ModelConfig(
+    vocab_size=100,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.08,
+)
+TIED = MODEL.model_copy(update={"tie_word_embeddings": True})
+ADAM = OptimizerConfig(learning_rate=3e-3)
+HOLDS_GRADIENTS = OptimizerConfig(beta1=0.0, beta2=0.0, weight_decay=0.0)  # exp_avg is the gradient
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layout and what else must not change the numbers."""
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    zero: int = 3
+    sp: bool = True
+    schedule: str = "1f1b"
+    tied: bool = False
+    recompute: str = "none"
+    gathering: str = "step"
+    precision: str = "fp32"
+
+    @property
+    def world_size(self) -> int:
+        return self.tp * self.pp * self.dp
+
+    @property
+    def model(self) -> ModelConfig:
+        return TIED if self.tied else MODEL
+
+
+CASES = [
+    Case(zero=1),
+    *(Case(tp=2, zero=zero, sp=zero % 2 == 1, tied=zero == 2) for zero in (0, 1, 2, 3)),
+    Case(tp=2, sp=False, recompute="full"),
+    Case(tp=4, recompute="selective"),
+    Case(tp=4, sp=False, tied=True),
+    *(Case(pp=2, zero=zero, schedule=s) for zero in (1, 2, 3) for s in ("1f1b", "afab")),
+    Case(pp=2, zero=0, tied=True),
+    Case(pp=2, zero=3, tied=True, gathering="micro_batch"),
+    *(Case(pp=4, zero=zero, tied=True) for zero in (1, 2, 3)),
+    Case(pp=4, schedule="afab", recompute="full"),
+    Case(pp=4, gathering="micro_batch"),
+    *(Case(dp=2, zero=zero, tied=zero == 3) for zero in (0, 1, 2, 3)),
+    Case(tp=2, pp=2),
+    Case(tp=2, pp=2, sp=False, schedule="afab", tied=True, recompute="selective"),
+    Case(tp=2, pp=2, zero=0, tied=True),
+    Case(tp=2, dp=2),
+    Case(pp=2, dp=2, zero=1, tied=True),
+    Case(pp=2, dp=2, zero=2, tied=True, schedule="afab"),
+    Case(pp=2, dp=2, zero=3, tied=True),
+    Case(tp=2, pp=2, dp=2),
+    Case(tp=2, pp=2, dp=2, tied=True, schedule="afab", gathering="micro_batch", recompute="full"),
+    Case(tp=2, pp=2, dp=2, zero=1, tied=True),
+]
+
+
+@dataclass
+class Curve:
+    """What a run gave: one loss and one gradient norm a step, and the first step's gradients."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same ids [BATCH, s] and labels on every rank."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    tokens = torch.randint(MODEL.vocab_size, (BATCH, SEQ_LENGTH + 1), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def reference(model: ModelConfig) -> Curve:
+    """One process, plain PyTorch, the whole batch at once."""
+    curve = Curve()
+    stage = LlamaStage(model, seed=SEED)
+    optimizer = build_optimizer(stage, ADAM, torch.device("cpu"))
+    for step in range(NUM_STEPS):
+        loss = stage(*global_batch(step))
+        loss.backward()
+        if step == 0:
+            curve.gradients = _merge([(p.spec, 0, p.grad.flatten().clone()) for p in stage.parameters()])
+        curve.norms.append(float(torch.nn.utils.clip_grad_norm_(stage.parameters(), CLIP)))
+        curve.losses.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return curve
+
+
+class Replica:
+    """One rank of a run under test, with batches handed to it instead of read from files."""
+
+    def __init__(self, case: Case, rank: int, optimizer: OptimizerConfig) -> None:
+        topology = Topology(case.world_size, case.tp, case.pp)
+        replicas = kv_replicas(case.model.num_key_value_heads, case.tp)
+        self.context = context = ParallelContext.build(
+            topology, rank, torch.device("cpu"), kv_replicas=replicas
+        )
+        sequence_parallel = case.sp and case.tp > 1
+        layout = StageLayout(context, sequence_parallel, case.recompute)
+        layers = layers_of_stage(MODEL.num_hidden_layers, case.pp, context.pp_rank)
+        config = deepspeed_config(case)
+        self.num_micro_batches = config.num_micro_batches(case.dp)
+        self.engine = StageEngine(
+            lambda: LlamaStage(case.model, layout, layers=layers, seed=SEED),
+            optimizer,
+            config,
+            context,
+            num_micro_batches=self.num_micro_batches,
+            parameter_gathering=case.gathering,
+        )
+        local_seq = SEQ_LENGTH // (case.tp if sequence_parallel else 1)
+        shape = (local_seq, MICRO_BATCH, MODEL.hidden_size)
+        neighbours = Neighbours(context.pp_group, shape, self.engine.dtype, context.device)
+        self.runner = PipelineRunner(
+            self.engine, neighbours, is_first=context.is_first_stage, is_last=context.is_last_stage
+        )
+        self.actions = build_schedule(case.schedule, context.pp_rank, case.pp, self.num_micro_batches)
+        self.evaluation = forward_only(context.pp_rank, case.pp, self.num_micro_batches)
+
+    def micro_batches(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        ids, labels = (x.chunk(self.context.dp_size)[self.context.dp_rank] for x in global_batch(step))
+        return list(zip(ids.split(MICRO_BATCH), labels.split(MICRO_BATCH), strict=True))
+
+    def train_step(self, step: int) -> tuple[float, float]:
+        self.engine.begin()
+        loss = self.runner.train(self.actions, self.micro_batches(step))
+        norm = self.engine.step(ADAM.learning_rate)
+        return self.mean(loss), norm
+
+    def evaluate(self, step: int) -> float:
+        self.engine.train(False)
+        self.engine.begin()
+        loss = self.runner.evaluate(self.evaluation, self.micro_batches(step))
+        self.engine.train(True)
+        return self.mean(loss)
+
+    def mean(self, loss: torch.Tensor | None) -> float:
+        """The last stage's loss, averaged over data-parallel ranks, on every rank."""
+        context = self.context
+        total = torch.zeros(1) if loss is None or context.tp_rank else loss.reshape(1) / context.dp_size
+        dist.all_reduce(total)
+        return total.item()
+
+
+def deepspeed_config(case: Case) -> DeepSpeedConfig:
+    raw = {
+        "train_batch_size": BATCH,
+        "train_micro_batch_size_per_gpu": MICRO_BATCH,
+        "gradient_clipping": CLIP,
+        "zero_optimization": {"stage": case.zero},
+    }
+    if case.precision == "bf16":
+        raw |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return DeepSpeedConfig(
+        train_batch_size=BATCH,
+        train_micro_batch_size_per_gpu=MICRO_BATCH,
+        gradient_clipping=CLIP,
+        zero_stage=case.zero,
+        precision=case.precision,
+        raw=raw,
+    )
+
+
+def run_case(rank: int, case: Case) -> Curve:
+    curve = Curve()
+    replica = Replica(case, rank, ADAM)
+    for step in range(NUM_STEPS):
+        if step == NUM_STEPS // 2:
+            replica.evaluate(0)  # a forward-only pass in between changes nothing
+        loss, norm = replica.train_step(step)
+        curve.losses.append(loss)
+        curve.norms.append(norm)
+    curve.gradients = first_gradients(rank, case)
+    return curve
+
+
+def first_gradients(rank: int, case: Case) -> dict[str, torch.Tensor]:
+    """Every full weight gradient of the first step, put together from the slices of all ranks."""
+    replica = Replica(case, rank, HOLDS_GRADIENTS)
+    replica.train_step(0)
+    parts = []
+    optimizer, context = replica.engine.optimizer, replica.context
+    for piece in master_slices(optimizer, replica.engine.module.parameters(), context.dp_rank):
+        gradient = piece.view(adam_state(optimizer, piece.flat)["exp_avg"]).clone()
+        parts.append((piece.parameter.spec, piece.start, gradient))
+    gathered = [None] * case.world_size
+    dist.all_gather_object(gathered, parts)
+    return _merge([part for parts in gathered for part in parts])
+
+
+def _merge(parts: list) -> dict[str, torch.Tensor]:
+    flats, full = {}, {}
+    for spec, start, gradient in parts:
+        local = flats.setdefault(spec, torch.full(spec.local_shape, torch.nan)).view(-1)
+        local[start : start + gradient.numel()] = gradient
+    for spec, local in flats.items():
+        whole = full.setdefault(spec.name, torch.full(spec.full_shape, torch.nan))
+        box = tuple(slice(a, a + n) for a, n in zip(spec.box_start, spec.box_shape, strict=True))
+        whole[box] = local[tuple(slice(0, n) for n in spec.box_shape)]
+    return full
+
+
+@pytest.fixture(scope="module")
+def references() -> dict[bool, Curve]:
+    return {tied: reference(TIED if tied else MODEL) for tied in (False, True)}
+
+
+def run_cases(rank: int, cases: list[Case]) -> list[Curve]:
+    initialize_communication()
+    return [run_case(rank, case) for case in cases]
+
+
+def assert_same_run(curve: Curve, expected: Curve, case: Case) -> None:
+    for name in ("losses", "norms"):
+        got, want = torch.tensor(getattr(curve, name)), torch.tensor(getattr(expected, name))
+        relative = ((got - want) / want).abs()
+        assert relative[0] < 1e-5, f"{case}: {name} at the first step: {got[0]} for {want[0]}"
+        assert relative[-1] < 1e-4, f"{case}: {name} at the last step: {got[-1]} for {want[-1]}"
+    assert curve.gradients.keys() == expected.gradients.keys()
+    clip = min(1.0, CLIP / expected.norms[0])
+    for name, gradient in expected.gradients.items():
+        torch.testing.assert_close(
+            curve.gradients[name],
+            gradient * clip,
+            rtol=1e-4,
+            atol=1e-6 * gradient.abs().max().item(),
+            msg=lambda text, name=name: f"{case}: gradient of {name}: {text}",
+        )
+
+
+@pytest.mark.parametrize("world_size", sorted({case.world_size for case in CASES}))
+def test_every_layout_gives_the_losses_norms_and_gradients_of_one_process(world_size, references):
+    cases = [case for case in CASES if case.world_size == world_size]
+    per_rank = run_distributed(run_cases, world_size, cases, timeout_seconds=280)
+    for index, case in enumerate(cases):
+        for curves in per_rank:
+            assert_same_run(curves[index], references[case.tied], case)
+
+
+def test_the_comparison_notices_another_seed_and_clipping_is_active(references):
+    other = replace(references[False])
+    other.losses = [loss * (1 + 2e-5) for loss in other.losses]
+    with pytest.raises(AssertionError, match="first step"):
+        assert_same_run(other, references[False], CASES[0])
+    assert min(references[False].norms) > CLIP
