@@ -16,17 +16,11 @@ import torch.distributed as dist
 
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.model import ModelConfig
-from megalite.config.run import OptimizerConfig
-from megalite.model.attention import kv_replicas
-from megalite.model.layout import StageLayout
+from megalite.config.run import DataConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megalite.model.llama import LlamaStage
 from megalite.parallel.context import ParallelContext
-from megalite.parallel.topology import Topology
-from megalite.pipeline.p2p import Neighbours
-from megalite.pipeline.partition import layers_of_stage
-from megalite.pipeline.runner import PipelineRunner
-from megalite.pipeline.schedule import build_schedule, forward_only
-from megalite.training.engine import StageEngine, build_optimizer, initialize_communication
+from megalite.training.engine import build_optimizer, initialize_communication
+from megalite.training.replica import Replica, build_context
 from megalite.training.zero import adam_state, master_slices
 from tests.harness import run_distributed
 
@@ -59,6 +53,10 @@ class Case:
     recompute: str = "none"
     gathering: str = "step"
     precision: str = "fp32"
+
+    def __str__(self) -> str:
+        changed = [f"{name}={value}" for name, value in vars(self).items() if value != getattr(Case, name)]
+        return ",".join(changed)
 
     @property
     def world_size(self) -> int:
@@ -128,60 +126,21 @@ def reference(model: ModelConfig) -> Curve:
     return curve
 
 
-class Replica:
-    """One rank of a run under test, with batches handed to it instead of read from files."""
-
-    def __init__(self, case: Case, rank: int, optimizer: OptimizerConfig) -> None:
-        topology = Topology(case.world_size, case.tp, case.pp)
-        replicas = kv_replicas(case.model.num_key_value_heads, case.tp)
-        self.context = context = ParallelContext.build(
-            topology, rank, torch.device("cpu"), kv_replicas=replicas
-        )
-        sequence_parallel = case.sp and case.tp > 1
-        layout = StageLayout(context, sequence_parallel, case.recompute)
-        layers = layers_of_stage(MODEL.num_hidden_layers, case.pp, context.pp_rank)
-        config = deepspeed_config(case)
-        self.num_micro_batches = config.num_micro_batches(case.dp)
-        self.engine = StageEngine(
-            lambda: LlamaStage(case.model, layout, layers=layers, seed=SEED),
-            optimizer,
-            config,
-            context,
-            num_micro_batches=self.num_micro_batches,
+def run_config(case: Case, optimizer: OptimizerConfig) -> RunConfig:
+    return RunConfig(
+        model=case.model,
+        parallel=ParallelConfig(
+            tp_size=case.tp,
+            pp_size=case.pp,
+            sequence_parallel=case.sp,
+            pipeline_schedule=case.schedule,
             parameter_gathering=case.gathering,
-        )
-        local_seq = SEQ_LENGTH // (case.tp if sequence_parallel else 1)
-        shape = (local_seq, MICRO_BATCH, MODEL.hidden_size)
-        neighbours = Neighbours(context.pp_group, shape, self.engine.dtype, context.device)
-        self.runner = PipelineRunner(
-            self.engine, neighbours, is_first=context.is_first_stage, is_last=context.is_last_stage
-        )
-        self.actions = build_schedule(case.schedule, context.pp_rank, case.pp, self.num_micro_batches)
-        self.evaluation = forward_only(context.pp_rank, case.pp, self.num_micro_batches)
-
-    def micro_batches(self, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        ids, labels = (x.chunk(self.context.dp_size)[self.context.dp_rank] for x in global_batch(step))
-        return list(zip(ids.split(MICRO_BATCH), labels.split(MICRO_BATCH), strict=True))
-
-    def train_step(self, step: int) -> tuple[float, float]:
-        self.engine.begin()
-        loss = self.runner.train(self.actions, self.micro_batches(step))
-        norm = self.engine.step(ADAM.learning_rate)
-        return self.mean(loss), norm
-
-    def evaluate(self, step: int) -> float:
-        self.engine.train(False)
-        self.engine.begin()
-        loss = self.runner.evaluate(self.evaluation, self.micro_batches(step))
-        self.engine.train(True)
-        return self.mean(loss)
-
-    def mean(self, loss: torch.Tensor | None) -> float:
-        """The last stage's loss, averaged over data-parallel ranks, on every rank."""
-        context = self.context
-        total = torch.zeros(1) if loss is None or context.tp_rank else loss.reshape(1) / context.dp_size
-        dist.all_reduce(total)
-        return total.item()
+            recompute=case.recompute,
+        ),
+        data=DataConfig(seq_length=SEQ_LENGTH),
+        optimizer=optimizer,
+        seed=SEED,
+    )
 
 
 def deepspeed_config(case: Case) -> DeepSpeedConfig:
@@ -203,23 +162,35 @@ def deepspeed_config(case: Case) -> DeepSpeedConfig:
     )
 
 
+def build_replica(rank: int, case: Case, optimizer: OptimizerConfig) -> Replica:
+    run = run_config(case, optimizer)
+    context = build_context(run, rank, case.world_size, torch.device("cpu"))
+    return Replica(run, deepspeed_config(case), context)
+
+
+def micro_batches(step: int, context: ParallelContext) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    ids, labels = (x.chunk(context.dp_size)[context.dp_rank] for x in global_batch(step))
+    return list(zip(ids.split(MICRO_BATCH), labels.split(MICRO_BATCH), strict=True))
+
+
 def run_case(rank: int, case: Case) -> Curve:
+    initialize_communication()
     curve = Curve()
-    replica = Replica(case, rank, ADAM)
+    replica = build_replica(rank, case, ADAM)
     for step in range(NUM_STEPS):
         if step == NUM_STEPS // 2:
-            replica.evaluate(0)  # a forward-only pass in between changes nothing
-        loss, norm = replica.train_step(step)
-        curve.losses.append(loss)
-        curve.norms.append(norm)
+            replica.evaluate(micro_batches(0, replica.context))  # changes nothing
+        result = replica.train_step(micro_batches(step, replica.context), ADAM.learning_rate)
+        curve.losses.append(result.loss)
+        curve.norms.append(result.grad_norm)
     curve.gradients = first_gradients(rank, case)
     return curve
 
 
 def first_gradients(rank: int, case: Case) -> dict[str, torch.Tensor]:
     """Every full weight gradient of the first step, put together from the slices of all ranks."""
-    replica = Replica(case, rank, HOLDS_GRADIENTS)
-    replica.train_step(0)
+    replica = build_replica(rank, case, HOLDS_GRADIENTS)
+    replica.train_step(micro_batches(0, replica.context), ADAM.learning_rate)
     parts = []
     optimizer, context = replica.engine.optimizer, replica.context
     for piece in master_slices(optimizer, replica.engine.module.parameters(), context.dp_rank):
@@ -247,11 +218,6 @@ def references() -> dict[bool, Curve]:
     return {tied: reference(TIED if tied else MODEL) for tied in (False, True)}
 
 
-def run_cases(rank: int, cases: list[Case]) -> list[Curve]:
-    initialize_communication()
-    return [run_case(rank, case) for case in cases]
-
-
 def assert_same_run(curve: Curve, expected: Curve, case: Case) -> None:
     for name in ("losses", "norms"):
         got, want = torch.tensor(getattr(curve, name)), torch.tensor(getattr(expected, name))
@@ -270,13 +236,10 @@ def assert_same_run(curve: Curve, expected: Curve, case: Case) -> None:
         )
 
 
-@pytest.mark.parametrize("world_size", sorted({case.world_size for case in CASES}))
-def test_every_layout_gives_the_losses_norms_and_gradients_of_one_process(world_size, references):
-    cases = [case for case in CASES if case.world_size == world_size]
-    per_rank = run_distributed(run_cases, world_size, cases, timeout_seconds=280)
-    for index, case in enumerate(cases):
-        for curves in per_rank:
-            assert_same_run(curves[index], references[case.tied], case)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_layout_gives_the_losses_norms_and_gradients_of_one_process(case, references):
+    for curve in run_distributed(run_case, case.world_size, case):
+        assert_same_run(curve, references[case.tied], case)
 
 
 def test_the_comparison_notices_another_seed_and_clipping_is_active(references):

@@ -42,9 +42,7 @@ class PipelineRunner:
         return self._run(actions, micro_batches, keep=True)
 
     @torch.no_grad()
-    def evaluate(
-        self, actions: Sequence[Action], micro_batches: Sequence[MicroBatch]
-    ) -> torch.Tensor | None:
+    def evaluate(self, actions: Sequence[Action], micro_batches: Sequence[MicroBatch]) -> torch.Tensor | None:
         """Walk a forward-only schedule; the mean loss on the last stage, else None."""
         return self._run(actions, micro_batches, keep=False)
 
@@ -89,9 +87,7 @@ class _Walk:
     def backward(self, action: Backward) -> None:
         number = action.micro_batch
         is_last = number == len(self.micro_batches) - 1  # schedules run backwards in order
-        self.runner.stage.backward(
-            self.outputs.pop(number), self.grads.pop(number, None), is_last=is_last
-        )
+        self.runner.stage.backward(self.outputs.pop(number), self.grads.pop(number, None), is_last=is_last)
 
     def exchange(self, action: Exchange) -> None:
         from_previous, from_next = self.runner.neighbours.exchange(

@@ -1,0 +1,3 @@
+"""Megatron-style model parallelism for Llama decoders under DeepSpeed."""
+
+__version__ = "0.1.0"

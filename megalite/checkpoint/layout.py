@@ -1,0 +1,190 @@
+"""What a checkpoint is on disk: its folder, its pieces and its manifest. No tensor bytes are read here.
+
+    RUN_DIR/checkpoints/step-00000100/
+        manifest.json            every file's size and sha256, every tensor's shape; written last
+        state.json               step, consumed samples, random generators: whatever the trainer hands over
+        config.yaml, deepspeed.json
+        rank-00000.safetensors   the pieces that rank 0 owned, as flat float32 tensors
+
+The content does not depend on the layout that wrote it: a tensor is stored under its full logical name and
+shape, in pieces that say which box of the full tensor they lie in and which flat range of that box they are.
+"""
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+FORMAT_VERSION = 1
+MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
+INCOMPLETE = ".tmp"  # suffix of a folder that is being written or removed
+
+Shape = tuple[int, ...]
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be written, is damaged, or does not fit the model: one line, for people."""
+
+
+class Region(NamedTuple):
+    """Elements [start, start + size) of a box of a full tensor, counted in the box's row-major order."""
+
+    box_start: Shape
+    box_shape: Shape
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A part of one logical float32 tensor in this rank's memory.
+
+    The rank holds the box `box_start`, `box_shape` of the full tensor (its tensor-parallel share, without
+    padding); `tensor` is the flat range of that box which begins at `flat_start` (its data-parallel share).
+
+    kind:   "weight" (the fp32 master weight), "exp_avg" or "exp_avg_sq" (Adam's moments).
+    tensor: 1-D float32, on any device. A live view: loading writes into it.
+    owned:  this rank writes it. Over all ranks, each element of each (kind, name) is owned exactly once.
+    """
+
+    name: str
+    kind: str
+    full_shape: Shape
+    box_start: Shape
+    box_shape: Shape
+    flat_start: int
+    tensor: torch.Tensor
+    owned: bool = True
+
+    def __post_init__(self) -> None:
+        if self.tensor.dim() != 1 or self.tensor.dtype != torch.float32:
+            shape, dtype = tuple(self.tensor.shape), self.tensor.dtype
+            raise CheckpointError(f"{self.kind} {self.name}: a piece is 1-D float32, not {shape} of {dtype}")
+        check_region(self.region, self.full_shape, f"{self.kind} {self.name}")
+
+    @property
+    def region(self) -> Region:
+        return Region(tuple(self.box_start), tuple(self.box_shape), self.flat_start, self.tensor.numel())
+
+
+class StoredPiece(NamedTuple):
+    """A piece in a file: `key` names the file's tensor that holds it."""
+
+    key: str
+    kind: str
+    name: str
+    full_shape: Shape
+    region: Region
+
+
+def check_region(region: Region, full_shape: Shape, what: str) -> None:
+    """Raise CheckpointError when the region leaves its box, or the box leaves the full tensor."""
+    start, shape = region.box_start, region.box_shape
+    inside = len(start) == len(shape) == len(full_shape) and all(
+        min(first, length) >= 0 and first + length <= full
+        for first, length, full in zip(start, shape, full_shape, strict=True)
+    )
+    if not inside:
+        raise CheckpointError(f"{what}: box {list(start)} + {list(shape)} is not inside {list(full_shape)}")
+    stop = region.start + region.size
+    if region.start < 0 or stop > math.prod(shape):
+        raise CheckpointError(
+            f"{what}: flat range {region.start}:{stop} is not inside its box of {math.prod(shape)} elements"
+        )
+
+
+# Names
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def rank_file(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def folder_step(folder: Path) -> int | None:
+    """The step that a folder is named after; None for any other name (an incomplete one, for example)."""
+    match = re.fullmatch(r"step-(\d{8,})", folder.name)
+    return int(match[1]) if match else None
+
+
+def list_steps(root: Path) -> list[int]:
+    """The steps that have a folder under `root`, ascending; whether they are valid is not looked at."""
+    if not root.is_dir():
+        return []
+    steps = (folder_step(folder) for folder in root.iterdir() if folder.is_dir())
+    return sorted(step for step in steps if step is not None)
+
+
+# Manifest
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class FileEntry(_Record):
+    size_bytes: int = Field(ge=0)
+    sha256: str
+
+
+class TensorEntry(_Record):
+    kind: str
+    name: str
+    full_shape: Shape
+    num_elements: int
+
+
+class Manifest(_Record):
+    """The index of a checkpoint. It is complete when every file here exists with its size and checksum."""
+
+    format_version: int = FORMAT_VERSION
+    step: int = Field(description="optimizer steps taken")
+    world_size: int = Field(description="ranks that wrote it")
+    files: dict[str, FileEntry]
+    tensors: list[TensorEntry]
+
+    def shapes(self, kind: str) -> dict[str, Shape]:
+        return {entry.name: entry.full_shape for entry in self.tensors if entry.kind == kind}
+
+    def tensor_files(self) -> list[str]:
+        return [name for name in self.files if name.endswith(".safetensors")]
+
+
+def format_manifest(manifest: Manifest) -> str:
+    """JSON text that carries its own checksum, so that damage to the index shows as well."""
+    body = manifest.model_dump(mode="json")
+    return json.dumps({"sha256": _digest(body), **body}, indent=1)
+
+
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Raises CheckpointError with the reason when the manifest is missing, damaged or of another version."""
+    path = checkpoint / MANIFEST
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        version, digest = body["format_version"], body.pop("sha256")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the checkpoint is not complete") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format version {version}; this megalite reads {FORMAT_VERSION}")
+    if digest != _digest(body):
+        raise CheckpointError(f"{path} does not match its own sha256: it is damaged")
+    try:
+        return Manifest.model_validate(body)
+    except ValidationError as error:
+        raise CheckpointError(f"{path} is not a manifest: {error.errors()[0]['msg']}") from None
+
+
+def _digest(body: dict) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

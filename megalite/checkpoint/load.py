@@ -1,0 +1,239 @@
+"""Find the newest valid checkpoint, and fill live tensors from it, whatever layout wrote it."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megalite.checkpoint.agreement import Gather, alone, on_all_ranks
+from megalite.checkpoint.layout import (
+    STATE,
+    CheckpointError,
+    Manifest,
+    Piece,
+    Region,
+    Shape,
+    StoredPiece,
+    check_region,
+    folder_step,
+    list_steps,
+    rank_file,
+    read_manifest,
+    step_folder,
+)
+from megalite.checkpoint.reshard import Window, overlaps
+from megalite.checkpoint.tensor_file import hash_file
+
+# Which checkpoint
+
+
+def find_checkpoint(
+    path: Path,
+    report: Callable[[str], None] = print,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Gather = alone,
+) -> Path | None:
+    """The newest valid checkpoint at `path`: every file of its manifest there, with its size and sha256.
+
+    path: RUN_DIR/checkpoints, where damaged ones are skipped (`report` gets a line that says which and why);
+        or one step folder, which must be valid.
+    rank, world_size, gather: many ranks share out the checksums among them, and all get the same answer.
+
+    None when there is no checkpoint at all. Raises CheckpointError when there are some and none is valid:
+    starting again from nothing is for a person to decide.
+    """
+    path = Path(path)
+    exact = folder_step(path) is not None
+    # only rank 0 looks, so that all ranks go through the same folders
+    candidates = gather(on_all_ranks(gather, lambda: _candidates(path) if rank == 0 else []))[0]
+    reasons = []
+    for folder in candidates:
+        problems = [text for text in gather(_find_damage(folder, rank, world_size)) if text]
+        if not problems:
+            return folder
+        reasons.append(f"{folder.name}: {problems[0]}")
+        if rank == 0 and not exact:
+            report(f"checkpoint {folder.name} is not valid and is skipped: {problems[0]}")
+    if exact:
+        raise CheckpointError(f"{path} is not a valid checkpoint: {problems[0]}")
+    if reasons:
+        raise CheckpointError(
+            f"no valid checkpoint in {path}: {'; '.join(reasons)}; move them away to start from the beginning"
+        )
+    return None
+
+
+def _candidates(path: Path) -> list[Path]:
+    if folder_step(path) is None:
+        return [step_folder(path, step) for step in reversed(list_steps(path))]
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    return [path]
+
+
+def _find_damage(folder: Path, rank: int, world_size: int) -> str | None:
+    """What is wrong with this rank's share of the files; None when nothing is."""
+    try:
+        manifest = read_manifest(folder)
+        if manifest.step != folder_step(folder):
+            return f"its manifest is of step {manifest.step}"
+        for name, entry in list(manifest.files.items())[rank::world_size]:
+            size_bytes = (folder / name).stat().st_size
+            if size_bytes != entry.size_bytes:
+                return f"{name} has {size_bytes} bytes, {entry.size_bytes} were written"
+            if hash_file(folder / name) != entry.sha256:
+                return f"{name} does not match its sha256"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None
+
+
+# What is in it
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What was given to `save_checkpoint` as `state`."""
+    return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+
+
+def read_tensor(checkpoint: Path, kind: str, name: str) -> torch.Tensor:
+    """One full logical float32 tensor. To read many, use one `TensorReader`."""
+    return TensorReader(checkpoint).read(kind, name)
+
+
+def load_pieces(
+    checkpoint: Path, pieces: Sequence[Piece], *, rank: int = 0, gather: Gather | None = None
+) -> None:
+    """Fill the live tensors of all pieces, owned or not, bit for bit, whatever layout wrote the checkpoint.
+
+    rank:   whose file to open first; in an unchanged layout nearly everything is in it.
+    gather: with it, all ranks call this together, an error on one is an error on all, and a tensor of the
+        checkpoint that no rank asks for is an error too (of the kinds that are asked for at all).
+
+    Raises CheckpointError when a tensor is missing or has another shape; then nothing has been written.
+    The bytes are not verified again: `find_checkpoint` did that.
+    """
+    everywhere = gather or alone
+    reader = on_all_ranks(everywhere, lambda: TensorReader(checkpoint))
+    on_all_ranks(everywhere, lambda: reader.check(pieces))
+    if gather is not None:
+        asked = set().union(*gather({(piece.kind, piece.name) for piece in pieces}))
+        reader.check_all_used(asked)  # the same on all ranks
+    on_all_ranks(everywhere, lambda: reader.fill(pieces, first_rank=rank))
+
+
+class TensorReader:
+    """Reads logical tensors out of one checkpoint; each file's piece table is read once, when needed."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = Path(checkpoint)
+        self.manifest: Manifest = read_manifest(self.checkpoint)
+        self._shapes: dict[tuple[str, str], Shape] = {
+            (entry.kind, entry.name): entry.full_shape for entry in self.manifest.tensors
+        }
+        self._tables: dict[str, dict[tuple[str, str], list[StoredPiece]]] = {}
+
+    def read(self, kind: str, name: str) -> torch.Tensor:
+        shape = self._shape(kind, name)
+        full = torch.empty(shape, dtype=torch.float32)
+        self.fill([Piece(name, kind, shape, (0,) * len(shape), shape, 0, full.view(-1))])
+        return full
+
+    def check(self, pieces: Iterable[Piece]) -> None:
+        """Raise CheckpointError unless the checkpoint has each piece's tensor in the piece's full shape."""
+        for piece in pieces:
+            stored = self._shape(piece.kind, piece.name)
+            if stored != tuple(piece.full_shape):
+                raise CheckpointError(
+                    f"{piece.kind} {piece.name} has shape {list(stored)} in {self.checkpoint} and "
+                    f"{list(piece.full_shape)} in this model: use the model settings of its config.yaml"
+                )
+
+    def check_all_used(self, asked: set[tuple[str, str]]) -> None:
+        kinds = {kind for kind, _ in asked}
+        unused = sorted(name for kind, name in self._shapes if kind in kinds and (kind, name) not in asked)
+        if unused:
+            raise CheckpointError(
+                f"{self.checkpoint} has {len(unused)} tensors that this model has not, {unused[0]} for one: "
+                "use the model settings of its config.yaml"
+            )
+
+    def fill(self, pieces: Sequence[Piece], *, first_rank: int = 0) -> None:
+        """Copy every overlap into the live tensors; the files nearest to `first_rank`'s come first."""
+        self.check(pieces)
+        missing = {i: piece.tensor.numel() for i, piece in enumerate(pieces) if piece.tensor.numel()}
+        for file in self._nearest_files(first_rank):
+            if not missing:
+                return
+            wanted = [(i, piece) for i, piece in enumerate(pieces) if i in missing]
+            for i, num_filled in self._fill_from(file, wanted):
+                missing[i] -= num_filled
+                if not missing[i]:
+                    del missing[i]
+        if missing:
+            i, num_elements = next(iter(missing.items()))
+            what = f"{pieces[i].kind} {pieces[i].name}"
+            raise CheckpointError(f"{what}: {num_elements} elements of a piece are not in {self.checkpoint}")
+
+    @torch.no_grad()
+    def _fill_from(self, file: str, wanted: list[tuple[int, Piece]]) -> Iterable[tuple[int, int]]:
+        """(index, elements filled) for each wanted piece that this file has a part of."""
+        table = self._table(file)
+        hits = [(i, piece, table.get((piece.kind, piece.name), [])) for i, piece in wanted]
+        with safe_open(self.checkpoint / file, framework="pt") as source:
+            for i, piece, stored in hits:
+                yield i, sum(_copy(source, part, piece) for part in stored)
+
+    def _shape(self, kind: str, name: str) -> Shape:
+        try:
+            return self._shapes[kind, name]
+        except KeyError:
+            raise CheckpointError(f"{self.checkpoint} has no {kind} {name}") from None
+
+    def _nearest_files(self, rank: int) -> list[str]:
+        ranks = sorted(range(self.manifest.world_size), key=lambda other: abs(other - rank))
+        return [name for name in map(rank_file, ranks) if name in self.manifest.files]
+
+    def _table(self, file: str) -> dict[tuple[str, str], list[StoredPiece]]:
+        if file not in self._tables:
+            table: dict[tuple[str, str], list[StoredPiece]] = {}
+            for piece in read_piece_table(self.checkpoint / file):
+                table.setdefault((piece.kind, piece.name), []).append(piece)
+            self._tables[file] = table
+        return self._tables[file]
+
+
+def read_piece_table(path: Path) -> list[StoredPiece]:
+    """The pieces in a rank's file. Raises CheckpointError when the file is not one, or is cut off."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            rows = json.loads((file.metadata() or {})["pieces"])
+        pieces = [
+            StoredPiece(key, kind, name, tuple(shape), Region(tuple(start), tuple(box), flat_start, size))
+            for key, kind, name, shape, (start, box, flat_start, size) in rows
+        ]
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    for piece in pieces:
+        check_region(piece.region, piece.full_shape, f"{path.name}: {piece.kind} {piece.name}")
+    return pieces
+
+
+def _copy(source: Any, stored: StoredPiece, piece: Piece) -> int:
+    """Copy what the stored piece and the live one have in common; the number of elements."""
+    pairs = overlaps(stored.region, piece.region)
+    if not pairs:
+        return 0
+    flat = source.get_slice(stored.key)
+    return sum(_view(piece.tensor, here).copy_(_view(flat, there)).numel() for there, here in pairs)
+
+
+def _view(flat: Any, window: Window) -> torch.Tensor:
+    return flat[window.start : window.stop].view(window.shape)[window.cut]

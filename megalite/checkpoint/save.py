@@ -1,0 +1,174 @@
+"""Write a checkpoint that is complete or does not exist.
+
+    1. every rank writes the pieces it owns into step-XXXXXXXX.tmp, and syncs its file
+    2. rank 0 reads the piece tables back, and checks that each element of each tensor is there exactly once
+    3. rank 0 writes the manifest, syncs the folder, renames it to step-XXXXXXXX, and syncs the parent
+    4. rank 0 removes checkpoints beyond `keep_last`
+
+All ranks agree on whether it went well: an error on one rank (a full disk) is a CheckpointError on all of
+them, and no rank is left waiting.
+"""
+
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megalite.checkpoint.agreement import Gather, on_all_ranks
+from megalite.checkpoint.layout import (
+    INCOMPLETE,
+    MANIFEST,
+    STATE,
+    CheckpointError,
+    FileEntry,
+    Manifest,
+    Piece,
+    StoredPiece,
+    TensorEntry,
+    format_manifest,
+    list_steps,
+    rank_file,
+    step_folder,
+)
+from megalite.checkpoint.load import read_piece_table
+from megalite.checkpoint.reshard import check_coverage
+from megalite.checkpoint.tensor_file import Entry, sync_folder, write_tensor_file, write_text_file
+
+
+def save_checkpoint(
+    root: Path,
+    step: int,
+    pieces: Sequence[Piece],
+    state: Mapping[str, Any],
+    files: Mapping[str, str],
+    *,
+    rank: int,
+    world_size: int,
+    gather: Gather,
+    keep_last: int,
+) -> Path:
+    """Write RUN_DIR/checkpoints/step-XXXXXXXX; called by all ranks together. The folder's path.
+
+    root:      RUN_DIR/checkpoints, on a file system that all ranks share.
+    pieces:    this rank's; those with `owned` are written.
+    state:     JSON-able; rank 0's is written as state.json.
+    files:     further text files by name (config.yaml, deepspeed.json); rank 0's are written.
+    gather:    all-gathers a Python object over the ranks, in rank order; for one process `lambda x: [x]`.
+    keep_last: checkpoints to keep, this one included; 0 keeps all.
+
+    A checkpoint that already exists for this step is replaced. Raises CheckpointError on every rank, naming
+    the failing one, when something cannot be written or the pieces do not cover each tensor exactly once.
+    """
+    folder = step_folder(root, step)
+    aside = folder.with_name(folder.name + INCOMPLETE)
+
+    def finish(shares: list[_Share]) -> None:
+        tensors = _index(aside, shares)
+        entries = _write_texts(aside, state, files)
+        entries |= {rank_file(i): share.file for i, share in enumerate(shares) if share.file}
+        manifest = Manifest(step=step, world_size=world_size, files=entries, tensors=tensors)
+        _publish(aside, folder, manifest)
+        _prune(root, step, keep_last)
+
+    try:
+        on_all_ranks(gather, lambda: _create(root, aside) if rank == 0 else None)
+        shares = gather(on_all_ranks(gather, lambda: _write_pieces(aside, pieces, rank)))
+        on_all_ranks(gather, lambda: finish(shares) if rank == 0 else None)
+    except CheckpointError as error:
+        if rank == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"{folder.name} was not saved: {error}") from error
+    return folder
+
+
+def _create(root: Path, aside: Path) -> None:
+    """A fresh folder to write into. Whatever an interrupted save or removal left behind goes first."""
+    root.mkdir(parents=True, exist_ok=True)
+    for stale in root.glob(f"step-*{INCOMPLETE}"):
+        shutil.rmtree(stale, ignore_errors=True)
+    aside.mkdir()
+
+
+class _Share(NamedTuple):
+    """What one rank wrote; `unwritten` are the tensors that it has a part of and leaves to other ranks."""
+
+    file: FileEntry | None
+    unwritten: set[tuple[str, str]]
+
+
+def _write_pieces(aside: Path, pieces: Sequence[Piece], rank: int) -> _Share:
+    """This rank's file, if it owns anything."""
+    owned = [piece for piece in pieces if piece.owned and piece.tensor.numel()]
+    unwritten = {(p.kind, p.name) for p in pieces} - {(p.kind, p.name) for p in owned}
+    if not owned:
+        return _Share(None, unwritten)
+    aside.mkdir(exist_ok=True)  # a network file system may not show rank 0's folder here yet
+    keys = [f"{piece.kind}/{piece.name}/{i}" for i, piece in enumerate(owned)]
+    table = [
+        StoredPiece(key, piece.kind, piece.name, piece.full_shape, piece.region)
+        for key, piece in zip(keys, owned, strict=True)
+    ]
+    entries = [_entry(key, piece) for key, piece in zip(keys, owned, strict=True)]
+    file = write_tensor_file(aside / rank_file(rank), entries, {"pieces": json.dumps(table)})
+    return _Share(file, unwritten)
+
+
+def _entry(key: str, piece: Piece) -> Entry:
+    return Entry(key, (piece.tensor.numel(),), piece.tensor.dtype, lambda: piece.tensor)
+
+
+def _write_texts(aside: Path, state: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, FileEntry]:
+    texts = {STATE: json.dumps(state, indent=1) + "\n", **files}
+    return {name: write_text_file(aside / name, text) for name, text in texts.items()}
+
+
+def _index(aside: Path, shares: Sequence[_Share]) -> list[TensorEntry]:
+    """The tensors in the ranks' files, as read back from them and checked to be whole."""
+    pieces: list[StoredPiece] = []
+    for rank, share in enumerate(shares):
+        pieces += _read_back(aside / rank_file(rank), share.file) if share.file else []
+    check_coverage(pieces)
+    shapes = {(piece.kind, piece.name): piece.full_shape for piece in pieces}
+    for kind, name in set().union(*(share.unwritten for share in shares)) - shapes.keys():
+        raise CheckpointError(f"{kind} {name}: no rank owns a piece of it")
+    return [
+        TensorEntry(kind=kind, name=name, full_shape=shape, num_elements=math.prod(shape))
+        for (kind, name), shape in sorted(shapes.items())
+    ]
+
+
+def _read_back(path: Path, entry: FileEntry) -> list[StoredPiece]:
+    if not path.is_file() or path.stat().st_size != entry.size_bytes:
+        raise CheckpointError(
+            f"rank 0 does not see {path}: output_dir must be on storage that all ranks share"
+        )
+    return read_piece_table(path)
+
+
+def _publish(aside: Path, folder: Path, manifest: Manifest) -> None:
+    write_text_file(aside / MANIFEST, format_manifest(manifest))
+    sync_folder(aside)
+    replaced = _bury(folder) if folder.exists() else None
+    aside.rename(folder)
+    sync_folder(folder.parent)
+    if replaced:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _prune(root: Path, step: int, keep_last: int) -> None:
+    """Remove the oldest checkpoints up to this step; later ones, left by a rewound run, are not ours."""
+    if not keep_last:
+        return
+    for old in [other for other in list_steps(root) if other <= step][:-keep_last]:
+        try:
+            shutil.rmtree(_bury(step_folder(root, old)))
+        except OSError as error:
+            warnings.warn(f"the old checkpoint of step {old} was not removed: {error}", stacklevel=2)
+
+
+def _bury(folder: Path) -> Path:
+    """Take a checkpoint's name away before its files go: one half removed must not look like one damaged."""
+    return folder.rename(folder.with_name(f"{folder.name}.old{INCOMPLETE}"))

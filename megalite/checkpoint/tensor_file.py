@@ -1,0 +1,98 @@
+"""Safetensors files, written as a stream, and files that survive a crash.
+
+The safetensors library writes a file from tensors that are all in memory. Here one tensor at a time is taken
+from the device, written and hashed in the same pass, so a rank needs host memory for its largest tensor only.
+The format is 8 bytes of header length (little-endian), a JSON header, then the tensors' bytes without gaps
+(https://github.com/huggingface/safetensors#format). Reading is left to the library.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megalite.checkpoint.layout import FileEntry, Shape
+
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written: `read` gives it when its turn comes."""
+
+    key: str
+    shape: Shape
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensor_file(path: Path, entries: Iterable[Entry], metadata: dict[str, str]) -> FileEntry:
+    """Write and sync a safetensors file; its size and sha256. All entries have the same dtype."""
+    entries = list(entries)
+    digest = hashlib.sha256()
+    with path.open("xb") as file:
+        for chunk in _chunks(entries, metadata):
+            file.write(chunk)
+            digest.update(chunk)
+        file.flush()
+        os.fsync(file.fileno())
+        return FileEntry(size_bytes=file.tell(), sha256=digest.hexdigest())
+
+
+def _chunks(entries: list[Entry], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
+    yield _header(entries, metadata)
+    for entry in entries:
+        tensor = entry.read().detach()
+        if tuple(tensor.shape) != tuple(entry.shape) or tensor.dtype != entry.dtype:
+            raise AssertionError(f"{entry.key}: announced {entry.shape}, got {tuple(tensor.shape)}")
+        flat = tensor.cpu().contiguous().as_strided((tensor.numel(),), (1,))
+        yield flat.view(torch.uint8).numpy().data
+
+
+def _header(entries: list[Entry], metadata: dict[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": metadata}
+    offset = 0
+    for entry in entries:
+        end = offset + entry.size_bytes
+        header[entry.key] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin on a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_text_file(path: Path, text: str) -> FileEntry:
+    """Write and sync a text file; its size and sha256."""
+    data = text.encode()
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return FileEntry(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder durable: a rename may otherwise be lost in a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,110 @@
+"""The shape of a Llama decoder, under the field names of Hugging Face's LlamaConfig."""
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from megalite.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+
+
+class RopeScalingConfig(Section):
+    """How rotary frequencies are stretched beyond the context that they were trained for."""
+
+    rope_type: Literal["linear", "llama3"] = Field(description="Rule that stretches the frequencies.")
+    factor: float = Field(ge=1, description="Context extension, as a ratio of the original length.")
+    low_freq_factor: PositiveFloat | None = Field(
+        None, description="llama3: original length / this is the wavelength above which all is stretched."
+    )
+    high_freq_factor: PositiveFloat | None = Field(
+        None, description="llama3: original length / this is the wavelength below which nothing is stretched."
+    )
+    original_max_position_embeddings: PositiveInt | None = Field(
+        None, description="llama3: context of the first training, in tokens."
+    )
+
+    @model_validator(mode="after")
+    def _llama3_is_complete(self) -> Self:
+        extra = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        given = [name for name in extra if getattr(self, name) is not None]
+        if self.rope_type == "linear" and given:
+            raise ValueError(f"rope_type 'linear' takes no {', '.join(given)}: remove it or use 'llama3'")
+        if self.rope_type == "llama3" and len(given) < len(extra):
+            missing = [name for name in extra if name not in given]
+            raise ValueError(f"rope_type 'llama3' needs {', '.join(missing)}: add it")
+        if self.low_freq_factor and self.high_freq_factor and self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor} must be below "
+                f"high_freq_factor {self.high_freq_factor}"
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """A dense Llama decoder: RMSNorm, rotary positions, grouped-query attention, gated MLP, no biases."""
+
+    vocab_size: PositiveInt = Field(257, description="Rows of the embedding, in tokens, before any padding.")
+    hidden_size: PositiveInt = Field(192, description="Width of the residual stream, in features.")
+    intermediate_size: PositiveInt = Field(640, description="Width of the gated MLP, in features.")
+    num_hidden_layers: PositiveInt = Field(4, description="Number of decoder layers.")
+    num_attention_heads: PositiveInt = Field(8, description="Number of query heads in each layer.")
+    num_key_value_heads: PositiveInt = Field(
+        4, description="Number of key and value heads in each layer; null means one for each query head."
+    )
+    head_dim: PositiveInt = Field(
+        None,  # filled in by the validator below
+        validate_default=True,
+        description="Width of one head, in features; null means hidden_size / num_attention_heads.",
+    )
+    hidden_act: Literal["silu"] = Field("silu", description="Activation of the MLP's gate.")
+    max_position_embeddings: PositiveInt = Field(256, description="Longest context, in tokens.")
+    initializer_range: NonNegativeFloat = Field(
+        0.02, description="Standard deviation of the initial weights."
+    )
+    rms_norm_eps: PositiveFloat = Field(1e-5, description="Added to the mean square in RMSNorm.")
+    tie_word_embeddings: bool = Field(
+        False, description="Whether the output layer is the embedding's own weight."
+    )
+    attention_bias: Literal[False] = Field(
+        False, description="Biases in attention: not implemented, must be false."
+    )
+    mlp_bias: Literal[False] = Field(False, description="Biases in the MLP: not implemented, must be false.")
+    rope_theta: PositiveFloat = Field(10000.0, description="Base of the rotary frequencies.")
+    rope_scaling: RopeScalingConfig | None = Field(
+        None, description="Stretching of the rotary frequencies; null means none."
+    )
+    bos_token_id: NonNegativeInt | None = Field(None, description="Token that begins a text, if any.")
+    eos_token_id: NonNegativeInt | None = Field(None, description="Token that ends a document, if any.")
+    pad_token_id: NonNegativeInt | None = Field(None, description="Token that fills a batch, if any.")
+
+    @field_validator("num_key_value_heads", mode="before")
+    @classmethod
+    def _one_for_each_query_head(cls, value: Any, info: ValidationInfo) -> Any:
+        return info.data.get("num_attention_heads") if value is None else value
+
+    @field_validator("head_dim", mode="before")
+    @classmethod
+    def _heads_share_the_width(cls, value: Any, info: ValidationInfo) -> Any:
+        hidden, heads = info.data.get("hidden_size"), info.data.get("num_attention_heads")
+        if value is not None or hidden is None or heads is None:
+            return 1 if value is None else value  # 1 stands in where the width itself was refused
+        if hidden % heads:
+            raise ValueError(
+                f"hidden_size {hidden} is not divisible by num_attention_heads {heads}: "
+                f"change one, or set head_dim"
+            )
+        return hidden // heads
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            raise ValueError(
+                f"num_attention_heads {heads} is not divisible by num_key_value_heads {kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd: rotary positions need pairs of features")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            token = getattr(self, name)
+            if token is not None and token >= self.vocab_size:
+                raise ValueError(f"{name} {token} is outside the vocabulary of vocab_size {self.vocab_size}")
+        return self

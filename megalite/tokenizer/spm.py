@@ -1,0 +1,128 @@
+"""SentencePiece models. Their own library encodes; a conversion to tokenizer.json is checked before use."""
+
+import importlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import Tokenizer as Backend
+
+from megalite.tokenizer.tokenizer import Tokenizer, TokenizerError
+
+_SPACE = "\u2581"
+_PROBES = (
+    "", "a", " ", "  ", " leading and trailing ", "two  spaces,\ttabs\tand\nlines\r\n\n  indented\n",
+    "def f(x: int) -> float:\n    return 3.14159 * x ** 2  # comment\n", "1234567890 0x7f -1e-5",
+    "The quick brown fox jumps over the lazy dog. It's the dogs' day; they'll say \u201cno\u201d.",
+    "\u00e9t\u00e9 \u65e5\u672c\u8a9e \u0440\u0443\u0441\u0441\u043a\u0438\u0439 \U0001f600 e\u0301",
+    "\ufb01 \u00a0 \u3000 \x00",
+    f"{_SPACE}x y{_SPACE}", "aaaaaaaaaaaaaaaa", "                 x", "----------====", "((((()))))",
+)  # fmt: skip
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A .model file; the end of text is the model's eos piece unless `eos_token` names another."""
+
+    def __init__(self, file: Path, eos_token: str | None = None) -> None:
+        self._processor = sentencepiece.SentencePieceProcessor()
+        try:
+            self._processor.LoadFromFile(str(file))
+        except (OSError, RuntimeError) as error:
+            raise TokenizerError(f"{file}: not a SentencePiece model") from error
+        if eos_token is None and self._processor.eos_id() >= 0:
+            eos_token = self._processor.IdToPiece(self._processor.eos_id())
+        super().__init__(str(file), eos_token)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.GetPieceSize()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._processor.EncodeAsIds(text) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._processor.DecodeIds(list(ids))
+
+    def token_to_id(self, token: str) -> int | None:
+        found = self._processor.PieceToId(token)
+        return found if self._processor.IdToPiece(found) == token else None
+
+    def to_backend(self) -> Backend:
+        return self._converted
+
+    def _content(self) -> bytes:
+        return self._processor.serialized_model_proto()
+
+    def special_tokens(self) -> dict[str, Any]:
+        ids = {"bos_token": self._processor.bos_id(), "unk_token": self._processor.unk_id()}
+        return {name: self._processor.IdToPiece(token) for name, token in ids.items() if token >= 0}
+
+    @cached_property
+    def _converted(self) -> Backend:
+        """The tokenizer.json twin; TokenizerError when its ids differ from SentencePiece's on any probe text.
+
+        The probes are awkward texts, and all pieces of the vocabulary joined in rows.
+        """
+        backend = _convert(self._processor, self.name)
+        pieces = [self._processor.IdToPiece(index) for index in range(self.vocab_size)]
+        ordinary = [piece.replace(_SPACE, " ") for piece in pieces if not piece.startswith("<")]
+        rows = ["".join(ordinary[start : start + 16]) for start in range(0, len(ordinary), 16)]
+        for text in (*_PROBES, *rows):
+            if backend.encode(text, add_special_tokens=False).ids != self._processor.EncodeAsIds(text):
+                reason = f"tokenizer.json cannot express this SentencePiece model: ids differ for {text!r}"
+                raise TokenizerError(f"{self.name}: {reason}: use the .model file itself")
+        return backend
+
+
+def _convert(processor: sentencepiece.SentencePieceProcessor, name: str) -> Backend:
+    """The same vocabulary and merges in `tokenizers`.
+
+    Unigram models are refused: `tokenizers` sums their scores in another precision and cuts some texts
+    differently. So are models that normalise: `tokenizers` maps graphemes, SentencePiece characters.
+    """
+    proto: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # made at run time, untyped
+    model = proto.ModelProto.FromString(processor.serialized_model_proto())
+    changes_text = (
+        model.normalizer_spec.precompiled_charsmap or model.normalizer_spec.remove_extra_whitespaces
+    )
+    if model.trainer_spec.model_type != proto.TrainerSpec.BPE or changes_text:
+        reason = "only BPE models that keep text as it is have an exact tokenizer.json form"
+        raise TokenizerError(f"{name}: {reason}: use the .model file itself")
+    vocabulary = {piece.piece: index for index, piece in enumerate(model.pieces)}
+    fallback, unknown = model.trainer_spec.byte_fallback, model.pieces[processor.unk_id()].piece
+    backend = Backend(
+        models.BPE(vocabulary, _merges(model), unk_token=unknown, fuse_unk=True, byte_fallback=fallback)
+    )
+    backend.normalizer = _normalizer(model.normalizer_spec)
+    strip = [decoders.Strip(" ", 1, 0)] if model.normalizer_spec.add_dummy_prefix else []
+    replace = decoders.Replace(_SPACE, " ")
+    backend.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), *strip])
+    kinds = model.SentencePiece
+    control = [piece.piece for piece in model.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
+    backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
+    return backend
+
+
+def _merges(model: Any) -> list[tuple[str, str]]:
+    """Every way to make a piece of two others, best piece first: what SentencePiece's BPE tries."""
+    normal = model.SentencePiece.NORMAL
+    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == normal}
+    merges = [
+        (-score, cut, (piece[:cut], piece[cut:]))
+        for piece, score in scores.items()
+        for cut in range(1, len(piece))
+        if piece[:cut] in scores and piece[cut:] in scores
+    ]
+    return [pair for _, _, pair in sorted(merges, key=lambda merge: merge[:1])]
+
+
+def _normalizer(spec: Any) -> normalizers.Normalizer:
+    """A leading space where the model asks for one, and spaces made visible."""
+    steps: list[normalizers.Normalizer] = []
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend(_SPACE))
+    steps.append(normalizers.Replace(" ", _SPACE))
+    return normalizers.Sequence(steps)

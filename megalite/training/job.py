@@ -1,0 +1,192 @@
+"""A pre-training job, from its configuration to its last checkpoint, on one of its ranks."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megalite.config.deepspeed import DeepSpeedConfig
+from megalite.config.load import dump_run
+from megalite.config.run import RunConfig
+from megalite.data.corpus import prepare_default_data
+from megalite.data.datasets import build_datasets
+from megalite.data.indexed_dataset import IndexedDataset
+from megalite.data.loader import BatchLoader, check_vocabulary
+from megalite.model.flops import flops_per_token
+from megalite.parallel.context import ParallelContext
+from megalite.tokenizer.tokenizer import load_tokenizer
+from megalite.training.checkpoints import Checkpoints, gather
+from megalite.training.engine import TORCH_DTYPES, initialize_communication
+from megalite.training.environment import Environment, threads_are_set
+from megalite.training.hardware import peak_flops_per_second
+from megalite.training.liveness import Liveness
+from megalite.training.loop import Data, train
+from megalite.training.metrics import Metrics, Workload
+from megalite.training.progress import Progress
+from megalite.training.replica import Replica, build_context
+from megalite.training.report import describe_memory, describe_run, peak_memory_bytes
+
+DEFAULT_CORPUS_BYTES = 8 << 20
+USER_ERRORS = (ValueError, OSError, FloatingPointError)
+
+
+def pretrain(run: RunConfig, deepspeed: DeepSpeedConfig, environment: Environment) -> None:
+    """Train `run` to its last step; called by every rank. Raises nothing that others would not hear of."""
+    with processes(environment) as (device, liveness):
+        try:
+            _pretrain(run, deepspeed, environment, device)
+        except USER_ERRORS as error:
+            liveness.failed(str(error))
+        except Exception as error:
+            sys.excepthook(type(error), error, error.__traceback__)  # ours to mend: show where
+            liveness.failed(f"{type(error).__name__}: {error}")
+
+
+@contextmanager
+def processes(environment: Environment) -> Iterator[tuple[torch.device, Liveness]]:
+    """The process group of all ranks, watched: a rank that dies ends the job, with its name."""
+    device = _choose_device(environment)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def publish(address: str | None) -> str:
+        box = [address]
+        dist.broadcast_object_list(box, src=0, device=device)
+        assert box[0] is not None
+        return box[0]
+
+    liveness = Liveness.start(
+        environment.rank, environment.world_size, publish, host=environment.master_addr
+    )
+    initialize_communication()
+    yield device, liveness
+    dist.barrier()
+    liveness.close()
+    dist.destroy_process_group()
+
+
+def _choose_device(environment: Environment) -> torch.device:
+    if torch.cuda.is_available():
+        torch.cuda.set_device(environment.local_rank)
+        return torch.device("cuda", environment.local_rank)
+    if not threads_are_set():
+        torch.set_num_threads(max(1, torch.get_num_threads() // environment.local_world_size))
+    return torch.device("cpu")
+
+
+def _pretrain(
+    run: RunConfig, deepspeed: DeepSpeedConfig, environment: Environment, device: torch.device
+) -> None:
+    is_reporter = environment.rank == 0
+    report = _say if is_reporter else _say_nothing
+    context = build_context(run, environment.rank, environment.world_size, device)
+    run = _with_data(run, context)
+    data = _build_data(run, deepspeed, context)
+    if is_reporter:
+        _write_configs(run, deepspeed)
+    memory_at_start = gather(peak_memory_bytes(device))
+    replica = Replica(run, deepspeed, context)
+    checkpoints = Checkpoints(run, deepspeed, environment.rank, report)
+    last_step = checkpoints.resume(replica.engine)
+    metrics = _open_metrics(run, deepspeed, context, last_step, report)
+    train(replica, data, run, deepspeed, checkpoints, metrics, last_step + 1)
+    if metrics:
+        metrics.close()
+        report(metrics.summary())
+    peaks = gather(peak_memory_bytes(device))
+    report(describe_memory(run, deepspeed, context, memory_at_start, peaks))
+
+
+def _open_metrics(
+    run: RunConfig,
+    deepspeed: DeepSpeedConfig,
+    context: ParallelContext,
+    last_step: int,
+    report: Callable[[str], None],
+) -> Metrics | None:
+    """The run's record, on rank 0; collective, since ranks that share cores are measured together."""
+    options = run.logging
+    peak = peak_flops_per_second(
+        context.device, TORCH_DTYPES[deepspeed.precision], options.peak_tflops_per_device
+    )
+    peaks = gather(peak.flops_per_second)
+    if context.rank != 0:
+        return None
+    report(describe_run(run, deepspeed, context, peak.source))
+    workload = Workload(
+        samples_per_step=deepspeed.train_batch_size,
+        tokens_per_sample=run.data.seq_length,
+        flops_per_token=flops_per_token(run.model, run.data.seq_length),
+        peak_flops_per_second=sum(peaks),
+    )
+    progress = Progress(
+        run.schedule.num_steps,
+        last_step=last_step,
+        every_steps=options.log_every_steps,
+        bar=options.progress_bar,
+    )
+    return Metrics(
+        Path(run.output_dir), workload, progress, last_step=last_step, tensorboard=options.tensorboard
+    )
+
+
+def _with_data(run: RunConfig, context: ParallelContext) -> RunConfig:
+    """The run with its default data made and named, where it names none."""
+    if run.data.train is not None:
+        return run
+    folder = Path(run.output_dir) / "data"
+    prefix = None
+    if context.rank == 0:
+        prefix = prepare_default_data(folder, load_tokenizer("bytes"), DEFAULT_CORPUS_BYTES)
+    data = run.data.model_copy(update={"train": [gather(prefix)[0]], "tokenizer": "bytes"})
+    return run.model_copy(update={"data": data})
+
+
+def _build_data(run: RunConfig, deepspeed: DeepSpeedConfig, context: ParallelContext) -> Data:
+    assert run.data.train is not None
+    every, steps = run.logging.validate_every_steps, run.schedule.num_steps
+    per_validation = run.logging.validation_steps * deepspeed.train_batch_size
+    train_set, validation_set = build_datasets(
+        run.data.train,
+        run.data.validation,
+        split=run.data.split,
+        seq_length=run.data.seq_length,
+        train_samples=steps * deepspeed.train_batch_size,
+        validation_samples=(steps // every + 1) * per_validation if every else 0,
+        seed=run.seed,
+    )
+    for prefix in [*run.data.train, *(run.data.validation or [])]:
+        if context.rank == 0:
+            check_vocabulary(IndexedDataset(prefix), run.model.vocab_size)
+
+    def loader(dataset: Any) -> BatchLoader:
+        return BatchLoader(
+            dataset,
+            deepspeed.train_batch_size,
+            deepspeed.num_micro_batches(context.dp_size),
+            context.dp_rank,
+            context.dp_size,
+            run.model.vocab_size,
+        )
+
+    return Data(loader(train_set), loader(validation_set) if validation_set is not None else None)
+
+
+def _write_configs(run: RunConfig, deepspeed: DeepSpeedConfig) -> None:
+    folder = Path(run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_run(run), encoding="utf-8")
+    text = json.dumps(deepspeed.raw, indent=2) + "\n"
+    (folder / "deepspeed.json").write_text(text, encoding="utf-8")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _say_nothing(text: str) -> None:
+    """What ranks that do not report do with a report."""

@@ -1,0 +1,74 @@
+"""The training loop."""
+
+import time
+from dataclasses import dataclass
+
+from megalite.config.deepspeed import DeepSpeedConfig
+from megalite.config.run import RunConfig
+from megalite.data.loader import BatchLoader
+from megalite.training.checkpoints import Checkpoints
+from megalite.training.lr_schedule import learning_rate_at
+from megalite.training.metrics import Metrics
+from megalite.training.replica import Replica, require_finite
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where batches come from; validation may be absent."""
+
+    train: BatchLoader
+    validation: BatchLoader | None
+
+
+def train(
+    replica: Replica,
+    data: Data,
+    run: RunConfig,
+    deepspeed: DeepSpeedConfig,
+    checkpoints: Checkpoints,
+    metrics: Metrics | None,
+    first_step: int,
+) -> None:
+    """Take the optimizer steps from `first_step` (1-based) to the last.
+
+    Everything in a step depends on its number alone: the batch, the learning rate, and what is due.
+    metrics: on the one rank that reports.
+    """
+    num_steps, batch_samples = run.schedule.num_steps, deepspeed.train_batch_size
+    for step in range(first_step, num_steps + 1):
+        started = time.perf_counter()
+        learning_rate = learning_rate_at(step, run.schedule, run.optimizer)
+        micro_batches = data.train.batch((step - 1) * batch_samples)
+        result = replica.train_step(micro_batches, learning_rate)
+        require_finite(result, step, deepspeed.precision)
+        step_seconds = time.perf_counter() - started
+
+        validation_loss = None
+        if data.validation and is_due(step, run.logging.validate_every_steps, num_steps):
+            validation_loss = evaluate(replica, data.validation, run, batch_samples)
+        if metrics:
+            metrics.record(
+                step=step,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                learning_rate=learning_rate,
+                step_seconds=step_seconds,
+                validation_loss=validation_loss,
+            )
+        save_last = run.checkpoint.save_at_end and step == num_steps
+        if save_last or is_due(step, run.checkpoint.save_every_steps):
+            checkpoints.save(replica.engine, step)
+
+
+def evaluate(replica: Replica, loader: BatchLoader, run: RunConfig, batch_samples: int) -> float:
+    """Mean loss in nats over the first `validation_steps` global batches: the same ones each time."""
+    losses = [
+        replica.evaluate(loader.batch(index * batch_samples))
+        for index in range(run.logging.validation_steps)
+    ]
+    return sum(losses) / len(losses)
+
+
+def is_due(step: int, every: int, last: int | None = None) -> bool:
+    """Whether something that happens every so many steps (0: never), and at the last, is due now."""
+    return every > 0 and (step % every == 0 or step == last)

@@ -1,0 +1,160 @@
+"""What is measured at each optimizer step: kept in metrics.jsonl, sent to TensorBoard, shown as progress."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megalite.training.progress import Progress, seconds_in_words
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+TENSORBOARD_TAGS = {
+    "loss": "loss/train",
+    "validation_loss": "loss/validation",
+    "grad_norm": "optimizer/grad_norm",
+    "learning_rate": "optimizer/learning_rate",
+    "tokens_per_second": "speed/tokens_per_second",
+    "mfu": "speed/mfu",
+    "step_seconds": "speed/step_seconds",
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What one optimizer step processes, and the speed of all devices of the job together."""
+
+    samples_per_step: int
+    tokens_per_sample: int
+    flops_per_token: float
+    peak_flops_per_second: float
+
+    def consumed(self, step: int) -> dict[str, int]:
+        """Samples and tokens that the first `step` optimizer steps took in."""
+        samples = step * self.samples_per_step
+        return {"consumed_samples": samples, "consumed_tokens": samples * self.tokens_per_sample}
+
+    def speed(self, step_seconds: float) -> dict[str, float]:
+        """Tokens per second, and MFU: the share of the peak that the model's own FLOPs use.
+
+        Model FLOPs utilisation after PaLM (Chowdhery 2022, arXiv 2204.02311, appendix B): FLOPs that the
+        model needs, without those that recomputation adds.
+        """
+        tokens_per_second = self.samples_per_step * self.tokens_per_sample / step_seconds
+        mfu = tokens_per_second * self.flops_per_token / self.peak_flops_per_second
+        return {"tokens_per_second": tokens_per_second, "mfu": mfu}
+
+
+class Metrics:
+    """The record of a run in its folder. Exists on the one rank that reports."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        workload: Workload,
+        progress: Progress,
+        *,
+        last_step: int = 0,
+        tensorboard: bool = True,
+    ):
+        """Continue after `last_step`: what was recorded of later steps will happen again, and is removed."""
+        run_dir.mkdir(parents=True, exist_ok=True)
+        cut_rows_after(run_dir / METRICS_FILE, last_step)
+        self._workload = workload
+        self._progress = progress
+        self._file = open(run_dir / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+        self._tensorboard = _open_tensorboard(run_dir, last_step) if tensorboard else None
+        self._rows: list[dict[str, Any]] = []
+
+    def record(
+        self,
+        *,
+        step: int,
+        loss: float,
+        grad_norm: float,
+        learning_rate: float,
+        step_seconds: float,
+        validation_loss: float | None = None,
+    ) -> None:
+        """Keep and show one optimizer step (1-based). Losses are in nats per token."""
+        row: dict[str, Any] = {
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            **self._workload.consumed(step),
+            "step_seconds": step_seconds,
+            **self._workload.speed(step_seconds),
+        }
+        if validation_loss is not None:
+            row["validation_loss"] = validation_loss
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._tensorboard:
+            _write_scalars(self._tensorboard, row)
+        self._rows.append(row)
+        self._progress.show(row)
+
+    def summary(self) -> str:
+        """One line on what was recorded since the start or the resumption."""
+        if not self._rows:
+            return "nothing was left to train"
+        last = self._rows[-1]
+        seconds = sum(row["step_seconds"] for row in self._rows)
+        speed = self._workload.speed(seconds / len(self._rows))
+        validated = [row["validation_loss"] for row in self._rows if "validation_loss" in row]
+        validation = f", validation loss {validated[-1]:.4f}" if validated else ""
+        steps = f"{len(self._rows)} step{'s' if len(self._rows) > 1 else ''}"
+        return (
+            f"trained {steps} in {seconds_in_words(seconds)}, {last['consumed_tokens']:,} tokens in all: "
+            f"loss {last['loss']:.4f}{validation}, {speed['tokens_per_second']:,.0f} tokens/s, "
+            f"MFU {speed['mfu']:.1%}"
+        )
+
+    def close(self) -> None:
+        """Finish the files and the progress display."""
+        self._progress.close()
+        self._file.close()
+        if self._tensorboard:
+            self._tensorboard.close()
+
+
+def cut_rows_after(file: Path, last_step: int) -> None:
+    """Remove the rows of steps after `last_step`, and a last row that was cut short: all at once."""
+    if not file.exists():
+        return
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    kept = [line for line in lines if _step_of(line) <= last_step]
+    if kept == lines:
+        return
+    partial = file.with_name(file.name + ".partial")
+    with open(partial, "w", encoding="utf-8") as output:
+        output.writelines(kept)
+        output.flush()
+        os.fsync(output.fileno())
+    partial.rename(file)
+
+
+def _step_of(line: str) -> float:
+    """The step of a row; later than all others if the line is not a whole row."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else float("inf")
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _open_tensorboard(run_dir: Path, last_step: int) -> "SummaryWriter":
+    from torch.utils.tensorboard import SummaryWriter  # takes a second to import: only if it is wanted
+
+    return SummaryWriter(log_dir=str(run_dir / TENSORBOARD_FOLDER), purge_step=last_step + 1)
+
+
+def _write_scalars(tensorboard: "SummaryWriter", row: dict[str, Any]) -> None:
+    for name, tag in TENSORBOARD_TAGS.items():
+        if name in row:
+            tensorboard.add_scalar(tag, row[name], row["step"])
+    tensorboard.flush()

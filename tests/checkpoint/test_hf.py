@@ -1,0 +1,201 @@
+"""Exported folders give the same logits as the model whose weights the checkpoint holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from megalite.checkpoint import hf
+from megalite.checkpoint.hf import (
+    build_transformers_model,
+    export,
+    hf_config,
+    largest_difference,
+    llama_shapes,
+    read_config,
+)
+from megalite.checkpoint.layout import CheckpointError
+from megalite.config.model import ModelConfig
+from tests.checkpoint.llamas import VARIANTS, logits, random_llama, save_llama, tiny_run
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, report = loaded
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    return model
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_of_the_export_equal_the_originals_exactly(tmp_path, variant):
+    run = tiny_run(variant)
+    original = random_llama(run.model)
+    checkpoint = save_llama(tmp_path, original, run)
+    expected = logits(original)
+    loaded = load(export(checkpoint, tmp_path / "hf", dtype="float32"))
+    assert logits(loaded).equal(expected)
+    assert logits(build_transformers_model(checkpoint, run.model)).equal(expected)
+    own = read_config(checkpoint).model
+    assert (own.tie_word_embeddings, own) == (run.model.tie_word_embeddings, run.model)
+
+
+@pytest.mark.parametrize("variant", ["wide heads", "theta", "linear", "llama3"])
+def test_another_config_gives_other_logits(tmp_path, variant):
+    """The control: what the variant sets is seen in the logits, so the equality above is not empty."""
+    run = tiny_run(variant)
+    original = random_llama(run.model)
+    exported = export(save_llama(tmp_path, original, run), tmp_path / "hf", dtype="float32")
+    changed = json.loads((exported / "config.json").read_text())
+    if variant == "wide heads":
+        changed |= {"num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 8}
+    else:
+        changed |= {"rope_theta": 10000.0, "rope_scaling": None, "rms_norm_eps": 1e-5}
+        changed["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
+    (exported / "config.json").write_text(json.dumps(changed))
+    assert (logits(load(exported)) - logits(original)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"v_proj": "k_proj"},
+        {"o_proj": "transpose"},
+        {"gate_proj": "up_proj"},
+        {"q_proj": "permute"},
+        {"input_layernorm": "post_attention_layernorm"},
+    ],
+    ids=str,
+)
+def test_a_wrong_converter_is_noticed(tmp_path, monkeypatch, wrong):
+    run = tiny_run()
+    original = random_llama(run.model)
+    checkpoint = save_llama(tmp_path, original, run)
+    read = hf._read_cast
+    ((part, other),) = wrong.items()
+
+    def read_wrong(reader, name, *args):
+        if part not in name:
+            return read(reader, name, *args)
+        if other == "transpose":
+            return read(reader, name, *args).T.contiguous()
+        if other == "permute":  # the layout of Meta's own files: pairs (2j, 2j+1)
+            return read(reader, name, *args).view(4, 4, 2, 32).transpose(1, 2).reshape(32, 32)
+        return read(reader, name.replace(part, other), *args)
+
+    monkeypatch.setattr(hf, "_read_cast", read_wrong)
+    exported = export(checkpoint, tmp_path / "hf", dtype="float32")
+    monkeypatch.undo()
+    assert (logits(load(exported)) - logits(original)).abs().max() > 1e-3
+    assert largest_difference(checkpoint, exported, "float32") > 0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_are_rounded_once_to_the_asked_dtype(tmp_path, dtype):
+    run = tiny_run()
+    original = random_llama(run.model)
+    checkpoint = save_llama(tmp_path, original, run)
+    exported = export(checkpoint, tmp_path / "hf", dtype=dtype)
+    loaded = load(exported, dtype=hf.DTYPES[dtype]).state_dict()
+    for name, weight in original.state_dict().items():
+        assert loaded[name].equal(weight.to(hf.DTYPES[dtype]))
+    assert largest_difference(checkpoint, exported, dtype) == 0
+    with pytest.raises(CheckpointError, match="as torch"):
+        largest_difference(checkpoint, exported, "float32")
+
+
+def test_shards_hold_every_tensor_once_and_stay_below_the_limit(tmp_path):
+    run = tiny_run()
+    original = random_llama(run.model)
+    checkpoint = save_llama(tmp_path, original, run)
+    exported = export(checkpoint, tmp_path / "hf", dtype="float32", max_shard_bytes=20_000)
+    index = json.loads((exported / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in exported.glob("*.safetensors"))
+    assert len(files) > 3
+    assert files == [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    assert set(index["weight_map"]) == set(original.state_dict())
+    assert set(index["weight_map"].values()) == set(files)
+    assert index["metadata"]["total_size"] == sum(w.nbytes for w in original.state_dict().values())
+    alone = {index["weight_map"][name] for name in ("model.embed_tokens.weight", "lm_head.weight")}
+    for file in set(files) - alone:  # those two are larger than a shard
+        assert (exported / file).stat().st_size < 20_000 + 2_000
+    assert logits(load(exported)).equal(logits(original))
+
+
+def test_the_config_is_spelled_for_transformers_4_and_5():
+    linear = hf_config(tiny_run("linear").model, "bfloat16")
+    assert linear["rope_theta"] == linear["rope_parameters"]["rope_theta"] == 50000.0
+    assert linear["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    assert linear["rope_parameters"] == {"rope_type": "linear", "factor": 4.0, "rope_theta": 50000.0}
+    assert linear["dtype"] == linear["torch_dtype"] == "bfloat16"
+    plain = hf_config(tiny_run().model, "float32")
+    assert plain["rope_scaling"] is None
+    assert plain["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert plain[token] is None  # absent would mean 1 or 2
+
+
+def test_the_names_and_shapes_are_those_of_transformers():
+    for variant in VARIANTS:
+        model = tiny_run(variant).model
+        state = random_llama(model).state_dict()
+        if model.tie_word_embeddings:
+            del state["lm_head.weight"]
+        assert llama_shapes(model) == {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def test_special_tokens_go_into_both_configs(tmp_path):
+    run = tiny_run()
+    checkpoint = save_llama(tmp_path, random_llama(run.model), run)
+    exported = export(checkpoint, tmp_path / "hf", model=run.model.model_copy(update={"eos_token_id": 256}))
+    generation = json.loads((exported / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": 256}
+    assert json.loads((exported / "config.json").read_text())["eos_token_id"] == 256
+    assert isinstance(load(exported), LlamaForCausalLM)
+
+
+def test_an_existing_folder_is_not_overwritten_and_an_empty_one_is_filled(tmp_path):
+    run = tiny_run()
+    checkpoint = save_llama(tmp_path, random_llama(run.model), run)
+    full, empty = tmp_path / "full", tmp_path / "empty"
+    full.mkdir(), empty.mkdir()
+    (full / "precious").touch()
+    with pytest.raises(CheckpointError, match="exists and is not an empty folder"):
+        export(checkpoint, full)
+    assert [path.name for path in full.iterdir()] == ["precious"]
+    assert (export(checkpoint, empty) / "model.safetensors").exists()
+
+
+def test_a_failed_export_leaves_nothing(tmp_path):
+    run = tiny_run()
+    original = random_llama(run.model)
+    with torch.no_grad():
+        original.lm_head.weight[3, 3] = 70000.0
+    checkpoint = save_llama(tmp_path / "checkpoints", original, run)
+    with pytest.raises(
+        CheckpointError, match=r"lm_head.weight reaches 7e\+04, torch.float16 ends at 6.55e\+04"
+    ):
+        export(checkpoint, tmp_path / "hf", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    assert export(checkpoint, tmp_path / "hf", dtype="bfloat16").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    run = tiny_run()
+    checkpoint = save_llama(tmp_path, random_llama(run.model), run)
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"tie_word_embeddings": True}, "weight lm_head.weight is .* and absent in the model"),
+        ({"num_hidden_layers": 3}, "weight model.layers.2.input_layernorm.weight is absent in"),
+        ({"vocab_size": 256}, r"embed_tokens.weight is \[257, 32\] in .* and \[256, 32\] in the model"),
+    ]
+    for change, message in changes:
+        with pytest.raises(CheckpointError, match=message):
+            export(checkpoint, tmp_path / "hf", model=run.model.model_copy(update=change))
+
+
+def test_a_shape_that_transformers_refuses_is_refused_here():
+    model = ModelConfig(hidden_size=36, num_attention_heads=8, num_key_value_heads=8, head_dim=8)
+    with pytest.raises(CheckpointError, match="hidden_size 36 is not divisible by num_attention_heads 8"):
+        hf_config(model, "float32")

@@ -1,0 +1,213 @@
+"""A checkpoint is complete or does not exist."""
+
+import errno
+import hashlib
+import json
+import os
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from megalite.checkpoint import save
+from megalite.checkpoint.layout import CheckpointError, Piece, list_steps, read_manifest
+from megalite.checkpoint.load import find_checkpoint, read_state, read_tensor
+from megalite.checkpoint.save import save_checkpoint
+from tests.checkpoint.worlds import alone, cut_all, even_cut, save_world
+
+FULL = torch.arange(24, dtype=torch.float32).reshape(6, 4)
+NORM = torch.arange(4, dtype=torch.float32)
+TENSORS = {("weight", "w"): FULL, ("exp_avg", "w"): -FULL, ("weight", "norm"): NORM}
+
+
+def four_ranks() -> list[list[Piece]]:
+    """tp 2 x dp 2; `norm` is replicated over tp."""
+    return cut_all(TENSORS, lambda name, _: even_cut(0 if name == "w" else None, tp_size=2, dp_size=2))
+
+
+def one_rank(scale: float = 1.0) -> list[Piece]:
+    return [Piece("w", "weight", (6, 4), (0, 0), (6, 4), 0, scale * FULL.reshape(-1))]
+
+
+def save_alone(root, step, pieces, keep_last=0, state=None, files=None):
+    return save_checkpoint(
+        root, step, pieces, state or {}, files or {}, rank=0, world_size=1, gather=alone, keep_last=keep_last
+    )
+
+
+def test_a_checkpoint_has_its_files_and_their_checksums_in_the_manifest(tmp_path):
+    folder = save_world(tmp_path, 100, four_ranks(), {"step": 100}, {"config.yaml": "seed: 1\n"})
+    assert folder == tmp_path / "step-00000100"
+    ranks = {f"rank-{rank:05d}.safetensors" for rank in range(4)}
+    names = {"manifest.json", "state.json", "config.yaml", *ranks}
+    assert {path.name for path in folder.iterdir()} == names
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000100"]
+    manifest = read_manifest(folder)
+    assert manifest.step == 100 and manifest.world_size == 4
+    assert set(manifest.files) == names - {"manifest.json"}
+    for name, entry in manifest.files.items():
+        data = (folder / name).read_bytes()
+        assert (entry.size_bytes, entry.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert manifest.shapes("weight") == {"w": (6, 4), "norm": (4,)}
+    assert manifest.shapes("exp_avg") == {"w": (6, 4)}
+    assert read_state(folder) == {"step": 100}
+
+
+def test_the_safetensors_library_reads_a_ranks_file(tmp_path):
+    folder = save_alone(tmp_path, 1, one_rank())
+    with safe_open(folder / "rank-00000.safetensors", framework="pt") as file:
+        (key,) = file.keys()
+        assert file.get_tensor(key).equal(FULL.reshape(-1))
+        assert json.loads(file.metadata()["pieces"])[0][:4] == [key, "weight", "w", [6, 4]]
+
+
+def test_a_rank_that_owns_nothing_writes_no_file(tmp_path):
+    first, second = one_rank(), one_rank()
+    idle = [Piece(p.name, p.kind, p.full_shape, p.box_start, p.box_shape, 0, p.tensor, False) for p in second]
+    folder = save_world(tmp_path, 1, [first, idle])
+    assert not (folder / "rank-00001.safetensors").exists()
+    assert find_checkpoint(tmp_path) == folder
+
+
+def test_an_error_on_one_rank_is_an_error_on_all_and_leaves_nothing(tmp_path, monkeypatch):
+    kept = save_world(tmp_path, 100, four_ranks())
+    write = save.write_tensor_file
+
+    def fail_on_rank_2(path, *args):
+        if path.name == "rank-00002.safetensors":
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(path, *args)
+
+    monkeypatch.setattr(save, "write_tensor_file", fail_on_rank_2)
+    with pytest.raises(CheckpointError, match=r"step-00000200 was not saved: rank 2: .*No space left"):
+        save_world(tmp_path, 200, four_ranks())
+    assert list(tmp_path.iterdir()) == [kept]
+    assert find_checkpoint(tmp_path) == kept
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename"])
+def test_a_process_that_dies_at_any_sync_or_rename_leaves_a_valid_checkpoint(tmp_path, monkeypatch, call):
+    """KeyboardInterrupt stands for death: nothing cleans up after it."""
+    real = getattr(os, call)
+    deaths = 0
+    for moment in range(20):
+        root = tmp_path / f"{call}-{moment}"
+        save_alone(root, 1, one_rank(1), files={"config.yaml": "a: 1\n"})
+        save_alone(root, 2, one_rank(2), files={"config.yaml": "a: 1\n"})
+        num_calls = 0
+
+        def die(*args, moment=moment):
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls > moment:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, die)
+            try:
+                save_alone(root, 3, one_rank(3), keep_last=2, files={"config.yaml": "a: 1\n"})
+            except KeyboardInterrupt:
+                deaths += 1
+        found = find_checkpoint(root, report=pytest.fail)  # nothing half-written is even looked at
+        assert found is not None
+        scale = read_manifest(found).step
+        assert scale in (2, 3) and read_tensor(found, "weight", "w").equal(scale * FULL)
+        save_alone(root, 4, one_rank(4), keep_last=2)  # and the next save clears what is left
+        assert not list(root.glob("*.tmp"))
+    assert deaths == {"fsync": 6, "rename": 2}[call]  # each moment was met; later ones did not die
+
+
+def test_everything_is_synced_before_the_rename_and_the_parent_after_it(tmp_path, monkeypatch):
+    events: list[str] = []
+    real_fsync, real_rename = os.fsync, os.rename
+
+    def fsync(descriptor):
+        events.append("sync " + os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path))
+        real_fsync(descriptor)
+
+    def rename(source, target):
+        events.append(f"rename to {os.path.relpath(target, tmp_path)}")
+        real_rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", rename)
+    folder = save_alone(tmp_path, 1, one_rank())
+    written = [f"sync {folder.name}.tmp/{path.name}" for path in folder.iterdir()]
+    assert sorted(events[:3]) == sorted(written) and "manifest.json" in events[2]
+    assert events[3:] == [f"sync {folder.name}.tmp", f"rename to {folder.name}", "sync ."]
+
+
+def test_old_checkpoints_are_removed_and_the_newest_never(tmp_path):
+    for step in (10, 20, 30, 40):
+        save_alone(tmp_path, step, one_rank(), keep_last=2)
+    assert list_steps(tmp_path) == [30, 40]
+    save_alone(tmp_path, 50, one_rank(), keep_last=1)
+    assert list_steps(tmp_path) == [50]
+    save_alone(tmp_path, 60, one_rank(), keep_last=0)
+    assert list_steps(tmp_path) == [50, 60]
+
+
+def test_a_run_that_was_wound_back_keeps_what_it_writes(tmp_path):
+    for step in (10, 20, 30):
+        save_alone(tmp_path, step, one_rank())
+    save_alone(tmp_path, 15, one_rank(), keep_last=1)
+    assert list_steps(tmp_path) == [15, 20, 30]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    save_alone(tmp_path, 10, one_rank())
+    folder = save_alone(tmp_path, 10, one_rank(2))
+    assert read_tensor(folder, "weight", "w").equal(2 * FULL)
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_missing_piece_is_refused(tmp_path):
+    ranks = four_ranks()
+    ranks[3] = [piece for piece in ranks[3] if piece.kind != "exp_avg"]
+    with pytest.raises(CheckpointError, match="exp_avg w: the pieces hold 18 of 24 elements"):
+        save_world(tmp_path, 1, ranks)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_piece_that_two_ranks_own_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="weight w: two pieces hold the same elements"):
+        save_world(tmp_path, 1, [one_rank(), one_rank()])
+
+
+def test_a_tensor_that_nobody_owns_is_refused(tmp_path):
+    orphan = Piece("orphan", "weight", (2,), (0,), (2,), 0, torch.zeros(2), owned=False)
+    with pytest.raises(CheckpointError, match="weight orphan: no rank owns a piece of it"):
+        save_alone(tmp_path, 1, [*one_rank(), orphan])
+
+
+def test_a_state_that_json_cannot_hold_is_one_clear_error(tmp_path):
+    with pytest.raises(CheckpointError, match=r"step-00000001 was not saved: .* is not JSON serializable"):
+        save_alone(tmp_path, 1, one_rank(), state={"rng": torch.zeros(2)})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tensor": torch.zeros(2, 2)}, "1-D float32"),
+        ({"tensor": torch.zeros(4, dtype=torch.bfloat16)}, "1-D float32"),
+        ({"box_start": (5, 0)}, "is not inside"),
+        ({"flat_start": 5}, "flat range 5:9 is not inside its box of 8"),
+    ],
+)
+def test_a_piece_that_cannot_be_is_refused(change, message):
+    fields: dict[str, Any] = {
+        "name": "w",
+        "kind": "weight",
+        "full_shape": (6, 4),
+        "box_start": (4, 0),
+        "box_shape": (2, 4),
+        "flat_start": 0,
+        "tensor": torch.zeros(4),
+    }
+    Piece(**fields)
+    with pytest.raises(CheckpointError, match=message):
+        Piece(**(fields | change))

@@ -1,0 +1,106 @@
+import pytest
+
+from megalite.config.model import ModelConfig
+from megalite.model.flops import (
+    flops_per_token,
+    model_state_bytes,
+    model_state_bytes_per_rank,
+    num_parameters,
+    parameters_of_fullest_stage,
+)
+
+# name: V, h, L, A, K, i, tied, parameters as published
+PUBLISHED = {
+    "LiteLlama-460M": (50304, 1024, 24, 16, 2, 4096, False, 461_685_760),
+    "LightLM FFN": (49152, 512, 32, 16, 4, 2048, True, 146_833_920),
+    "LightLM Attn": (49152, 832, 34, 16, 4, 556, True, 146_975_296),
+    "lilLM": (8192, 512, 12, 16, 8, 1408, True, 39_596_544),
+    "lilLM-300M": (8192, 1024, 24, 16, 8, 2816, True, 291_554_304),
+    "TinyLlama": (32000, 2048, 22, 32, 4, 5632, False, 1_100_048_384),
+    "Llama-2-7B": (32000, 4096, 32, 32, 32, 11008, False, 6_738_415_616),
+    "Llama-3-8B": (128256, 4096, 32, 32, 8, 14336, False, 8_030_261_248),
+}
+
+
+def llama(vocab, hidden, layers, heads, kv_heads, mlp, tied=False):
+    return ModelConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=None,
+        intermediate_size=mlp,
+        tie_word_embeddings=tied,
+    )
+
+
+LITE_LLAMA = llama(*PUBLISHED["LiteLlama-460M"][:7])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_those_of_the_published_model(name):
+    *shape, parameters = PUBLISHED[name]
+    assert num_parameters(llama(*shape)) == parameters
+
+
+def test_one_more_layer_is_one_more_layer():
+    deeper = LITE_LLAMA.model_copy(update={"num_hidden_layers": 25})
+    assert num_parameters(deeper) - num_parameters(LITE_LLAMA) == 14_944_256
+
+
+def test_flops_agree_with_megatron_without_recomputation():
+    # arXiv 2104.04473, equation 3, is 96 B s l h^2 (1 + s/6h + V/16lh) with every forward done twice: 72 and
+    # V/12lh without. Its MLP holds 8 h^2 numbers, like a gated one of width 8h/3; each head has a K and V.
+    vocab, hidden, layers, seq_length = 1000, 192, 5, 64
+    config = llama(vocab, hidden, layers, 8, 8, 8 * hidden // 3)
+    megatron = 72 * layers * hidden**2 + 12 * layers * hidden * seq_length + 6 * vocab * hidden
+    assert flops_per_token(config, seq_length) == megatron
+    assert flops_per_token(config, seq_length + 1) != megatron
+
+
+def test_flops_count_the_output_layer_whether_tied_or_not():
+    tied = LITE_LLAMA.model_copy(update={"tie_word_embeddings": True})
+    assert flops_per_token(tied, 1024) == flops_per_token(LITE_LLAMA, 1024)
+    assert flops_per_token(LITE_LLAMA, 1024) == pytest.approx(2.76e9, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("stage", "gigabytes"),
+    [(0, 120), (1, 31.4), (2, 16.6), (3, 1.88)],
+)
+def test_memory_is_that_of_the_zero_paper(stage, gigabytes):
+    """arXiv 1910.02054, figure 1: 7.5B parameters, 64 ranks, mixed precision."""
+    memory = model_state_bytes(7_500_000_000, dp_size=64, zero_stage=stage, precision="fp16")
+    assert memory.total / 1e9 == pytest.approx(gigabytes, rel=5e-3)
+
+
+def test_gradients_summed_in_fp32_take_four_bytes():
+    memory = model_state_bytes(10, dp_size=1, zero_stage=1, precision="bf16", grad_accum_dtype="fp32")
+    assert (memory.parameters, memory.gradients, memory.optimizer) == (20, 40, 120)
+
+
+@pytest.mark.parametrize(("stage", "optimizer"), [(0, 80), (1, 120), (2, 120), (3, 80)])
+def test_fp32_pays_for_a_master_copy_only_at_stages_1_and_2(stage, optimizer):
+    assert model_state_bytes(10, dp_size=1, zero_stage=stage, precision="fp32").optimizer == optimizer
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_one_rank_holds_the_whole_model(tied):
+    config = LITE_LLAMA.model_copy(update={"tie_word_embeddings": tied})
+    assert parameters_of_fullest_stage(config) == num_parameters(config)
+    assert model_state_bytes_per_rank(config).total == 16 * num_parameters(config)
+
+
+def test_key_value_heads_are_held_by_every_rank_beyond_their_number():
+    per_layer = [
+        parameters_of_fullest_stage(LITE_LLAMA.model_copy(update={"num_hidden_layers": layers}), tp_size=4)
+        for layers in (1, 2)
+    ]
+    norms, query_output, mlp, key_value = 2 * 1024, 2 * 1024 * 1024, 3 * 1024 * 4096, 2 * 1024 * 128
+    assert per_layer[1] - per_layer[0] == norms + query_output // 4 + mlp // 4 + key_value // 2
+
+
+def test_a_pipeline_stage_holds_its_layers_and_one_table():
+    layers, table, norm = 6 * 14_944_256, 50304 * 1024, 1024
+    assert parameters_of_fullest_stage(LITE_LLAMA, pp_size=4) == layers + table + norm

@@ -1,0 +1,202 @@
+"""slurm/pretrain_460m.sh under a real Slurm: two nodes on this host, CPUs only."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.slurm.cluster import Cluster, free_ports, wait_until
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "slurm" / "pretrain_460m.sh"
+TWO_BY_TWO = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0"]
+TWO_BY_ONE = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0"]
+
+# The shipped run at a size for two CPU cores; it needs all four ranks: tp 2 x dp 2 under ZeRO-3.
+TINY_RUN = [
+    "model={vocab_size: 257, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2}",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=2",
+    "model.max_position_embeddings=64",
+    "model.eos_token_id=null",
+    "parallel.tp_size=2",
+    "data={train: null, seq_length: 32}",
+    "schedule={num_steps: 3, warmup_steps: 1}",
+    "logging={log_every_steps: 1, validate_every_steps: 0, tensorboard: false}",
+    "checkpoint.save_at_end=false",
+]
+TINY_DEEPSPEED = {
+    "train_batch_size": 8,
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_clipping": 1.0,
+    "zero_optimization": {"stage": 3},
+}
+
+# A stand-in for launchers/pretrain.py that shows what a rank is given, and ends as it is told.
+SHOW_RANK = """
+import json, os, sys, time
+from pathlib import Path
+names = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT SLURMD_NODENAME OMP_NUM_THREADS".split()
+seen = {name: os.environ.get(name) for name in names} | {"arguments": sys.argv[1:]}
+Path(f"rank-{os.environ['RANK']}.json").write_text(json.dumps(seen))
+if "crash_rank_2" in sys.argv:
+    if os.environ["RANK"] == "2":
+        sys.exit(7)
+    time.sleep(300)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    """A checkout whose launcher is SHOW_RANK."""
+    (tmp_path / "launchers").mkdir()
+    (tmp_path / "launchers" / "pretrain.py").write_text(SHOW_RANK)
+    return tmp_path
+
+
+@pytest.fixture
+def deepspeed_config(tmp_path: Path) -> Path:
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps(TINY_DEEPSPEED))
+    return path
+
+
+def read_ranks(checkout: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in sorted(checkout.glob("rank-*.json"))]
+
+
+def read_losses(run_dir: Path) -> list[float]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def test_every_rank_learns_its_place_and_the_arguments_from_slurm(cluster: Cluster, stand_in: Path) -> None:
+    overrides = ["model.rope_scaling={factor: 8, rope_type: linear}", "schedule.num_steps=10"]
+    scattered = (
+        "--distribution=cyclic"  # a site's or a user's habit, that would part tensor-parallel neighbours
+    )
+    job_id = cluster.submit(SCRIPT, *overrides, options=[*TWO_BY_TWO, scattered], cwd=stand_in)
+    job = cluster.wait(job_id, timeout_seconds=60)
+    assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log
+
+    ranks = read_ranks(stand_in)
+    assert [rank["RANK"] for rank in ranks] == ["0", "1", "2", "3"]
+    assert [rank["LOCAL_RANK"] for rank in ranks] == ["0", "1", "0", "1"]
+    assert [rank["SLURMD_NODENAME"] for rank in ranks] == ["n1", "n1", "n2", "n2"]
+    assert {rank["WORLD_SIZE"] for rank in ranks} == {"4"}
+    assert {rank["MASTER_ADDR"] for rank in ranks} == {"127.0.0.1"}  # the address of n1, a name nobody knows
+    assert {rank["MASTER_PORT"] for rank in ranks} == {str(10000 + job_id)}
+    for rank in ranks:
+        assert rank["arguments"] == [
+            *("--deepspeed_config", "configs/deepspeed/pretrain_460m.json"),
+            *("--config", "configs/runs/pretrain_460m.yaml"),
+            *overrides,
+        ]
+
+
+def test_the_log_begins_with_what_runs_where(cluster: Cluster, stand_in: Path) -> None:
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@localhost"]
+    subprocess.run([*git, "init", "-q"], cwd=stand_in, check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], cwd=stand_in, check=True)
+    commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=stand_in, text=True).strip()
+    job_id = cluster.submit(SCRIPT, "seed=1", options=TWO_BY_TWO, cwd=stand_in)
+    head = cluster.wait(job_id, timeout_seconds=60).log.splitlines()[:5]
+    assert head[0].split() == ["job", str(job_id), "(pretrain_460m)"]
+    assert "n[1-2] (2 nodes, 4 tasks" in head[1]
+    assert commit in head[3]
+    assert "configs/runs/pretrain_460m.yaml" in head[4] and head[4].endswith("seed=1")
+
+
+def test_the_same_file_runs_inside_salloc(cluster: Cluster, stand_in: Path) -> None:
+    cluster.command("salloc", "--quiet", *TWO_BY_TWO, str(SCRIPT), "seed=2", cwd=stand_in)
+    ranks = read_ranks(stand_in)
+    assert [rank["RANK"] for rank in ranks] == ["0", "1", "2", "3"]
+    assert all(rank["arguments"][-1] == "seed=2" for rank in ranks)
+
+
+def test_a_crashed_rank_ends_the_job_with_an_error(cluster: Cluster, stand_in: Path) -> None:
+    job_id = cluster.submit(SCRIPT, "crash_rank_2", options=TWO_BY_TWO, cwd=stand_in)
+    job = cluster.wait(job_id, timeout_seconds=60)  # the other ranks would sleep for 300 s
+    assert job.state == "FAILED" and job.exit_code != 0, job.log
+    assert "Exited with exit code 7" in job.log
+
+
+def test_a_job_on_two_nodes_trains_exactly_as_under_the_deepspeed_launcher(
+    cluster: Cluster, deepspeed_config: Path, tmp_path: Path
+) -> None:
+    under_slurm = ["--deepspeed_config", str(deepspeed_config), *TINY_RUN, f"output_dir={tmp_path}/slurm"]
+    job_id = cluster.submit(SCRIPT, *under_slurm, options=TWO_BY_TWO, cwd=REPOSITORY)
+    job = cluster.wait(job_id, timeout_seconds=120)
+    assert job.exit_code == 0, job.log
+
+    run_with_deepspeed(deepspeed_config, f"output_dir={tmp_path}/deepspeed")
+    run_with_deepspeed(deepspeed_config, f"output_dir={tmp_path}/other_seed", "seed=4321")
+    losses = read_losses(tmp_path / "slurm")
+    assert len(losses) == 3
+    assert losses == read_losses(tmp_path / "deepspeed")
+    assert losses != read_losses(tmp_path / "other_seed")
+
+
+def run_with_deepspeed(deepspeed_config: Path, *overrides: str) -> None:
+    """The same run on one node, four processes, started by the deepspeed launcher."""
+    (port,) = free_ports(1)
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=4", f"--master_port={port}"]
+    program = ["launchers/pretrain.py", "--deepspeed_config", str(deepspeed_config)]
+    run = ["--config", "configs/runs/pretrain_460m.yaml", *TINY_RUN, *overrides]
+    done = subprocess.run(
+        [*launcher, *program, *run],
+        cwd=REPOSITORY,
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_wrong_override_ends_the_job_with_one_clear_line(cluster: Cluster, deepspeed_config: Path) -> None:
+    arguments = ["--deepspeed_config", str(deepspeed_config), *TINY_RUN, "schedule.num_stepz=3"]
+    job_id = cluster.submit(SCRIPT, *arguments, options=TWO_BY_TWO, cwd=REPOSITORY)
+    job = cluster.wait(job_id, timeout_seconds=60)
+    assert job.state == "FAILED" and job.exit_code != 0
+    assert "Traceback" not in job.log
+    said = [line for line in job.log.splitlines() if not re.match(r"(srun|slurmstepd\S*): ", line)]
+    assert said[-1].startswith("error: ") and "schedule.num_stepz" in said[-1], job.log
+
+
+def test_a_killed_rank_ends_a_training_job_within_a_minute(
+    cluster: Cluster, deepspeed_config: Path, tmp_path: Path
+) -> None:
+    endless = ["schedule.num_steps=100000", f"output_dir={tmp_path}/run"]
+    arguments = ["--deepspeed_config", str(deepspeed_config), *TINY_RUN, *endless]
+    job_id = cluster.submit(SCRIPT, *arguments, options=TWO_BY_ONE, cwd=REPOSITORY)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() or cluster.is_finished(job_id), 60, what="first step")
+    assert metrics.exists(), cluster.log(job_id)
+    os.kill(cluster.ranks(job_id)[1], signal.SIGKILL)
+    job = cluster.wait(job_id, timeout_seconds=60)
+    assert job.state == "FAILED" and job.exit_code != 0, job.log
+
+
+@pytest.mark.parametrize(
+    ("job", "complaint"),
+    [
+        ({}, "not in a Slurm job"),
+        ({"SLURM_JOB_ID": "1"}, "give --ntasks-per-node"),
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, "submit from the root of the checkout"),
+    ],
+)
+def test_started_in_the_wrong_place_it_says_what_to_do(
+    tmp_path: Path, job: dict[str, str], complaint: str
+) -> None:
+    outside = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+    done = subprocess.run([SCRIPT], cwd=tmp_path, env=outside | job, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and complaint in done.stderr
+    assert done.stderr.count("\n") == 1

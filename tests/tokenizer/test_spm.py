@@ -1,0 +1,91 @@
+import random
+
+import pytest
+import sentencepiece
+
+from megalite.data.corpus import read_corpus
+from megalite.tokenizer import spm
+from megalite.tokenizer.tokenizer import TokenizerError, load_tokenizer
+
+
+@pytest.fixture(scope="module")
+def text():
+    return "".join(content for _, content in read_corpus(max_bytes=200_000))
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory, text):
+    def train(kind, **options):
+        prefix = tmp_path_factory.mktemp("spm") / kind
+        keep = {
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "byte_fallback": True,
+        }
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(text[:60_000].splitlines()), model_prefix=str(prefix), vocab_size=500,
+            model_type=kind, minloglevel=2, num_threads=1, **{**keep, **options},
+        )  # fmt: skip
+        return prefix.with_suffix(".model")
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def model(train):
+    return train("bpe")
+
+
+def test_ids_are_those_of_sentencepiece(model, text):
+    tokenizer = load_tokenizer(model)
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    assert tokenizer.encode(text[:2000]) == processor.encode(text[:2000])
+    assert tokenizer.decode(tokenizer.encode("  a  b\n")) == "  a  b\n"
+    assert (tokenizer.vocab_size, tokenizer.eos_token_id, tokenizer.token_to_id("</s>")) == (500, 2, 2)
+    assert load_tokenizer(model, eos_token="<s>").eos_token_id == 1
+    with pytest.raises(TokenizerError, match="eos token '<end>' is not in the vocabulary"):
+        load_tokenizer(model, eos_token="<end>")
+
+
+@pytest.mark.parametrize("options", [{}, {"add_dummy_prefix": False}, {"split_digits": True}])
+def test_the_saved_tokenizer_gives_the_same_ids(train, tmp_path, text, options):
+    tokenizer = load_tokenizer(train("bpe", **options))
+    tokenizer.save(tmp_path)
+    twin = load_tokenizer(tmp_path)
+    draw = random.Random(0)
+    for _ in range(200):
+        start = draw.randrange(len(text) - 300)
+        part = text[start : start + draw.randrange(1, 300)]
+        assert twin.encode(part) == tokenizer.encode(part)
+    assert twin.eos_token_id == 2 and twin.fingerprint() != tokenizer.fingerprint()
+
+
+def test_the_saved_tokenizer_loads_in_transformers(model, tmp_path, text):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = load_tokenizer(model)
+    tokenizer.save(tmp_path)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.encode(text[:3000]) == tokenizer.encode(text[:3000])
+    assert (loaded.eos_token, loaded.bos_token, loaded.unk_token) == ("</s>", "<s>", "<unk>")
+
+
+def test_a_conversion_that_differs_is_refused(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(spm, "_merges", lambda model: [])
+    with pytest.raises(TokenizerError, match="cannot express this SentencePiece model: ids differ for"):
+        load_tokenizer(model).save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+INEXACT = [
+    ("unigram", {}),
+    ("bpe", {"normalization_rule_name": "nmt_nfkc"}),
+    ("bpe", {"remove_extra_whitespaces": True}),
+]
+
+
+@pytest.mark.parametrize("kind, options", INEXACT)
+def test_models_without_an_exact_form_encode_but_are_not_converted(train, tmp_path, kind, options):
+    tokenizer = load_tokenizer(train(kind, **options))
+    assert tokenizer.decode(tokenizer.encode("a b")) == "a b" and tokenizer.fingerprint()
+    with pytest.raises(TokenizerError, match="only BPE models that keep text as it is"):
+        tokenizer.save(tmp_path / "out")

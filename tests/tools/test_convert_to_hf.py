@@ -1,0 +1,138 @@
+"""The command that turns a checkpoint into a Hugging Face folder."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megalite.tokenizer.tokenizer import build_byte_tokenizer
+from tests.checkpoint.llamas import VARIANTS, logits, random_llama, save_llama, tiny_run
+from tools import convert_to_hf
+
+
+def run_tool(tmp_path, *extra: str) -> int:
+    where = ["--checkpoint", str(tmp_path / "checkpoints"), "--output", str(tmp_path / "hf")]
+    return convert_to_hf.main([*where, *extra])
+
+
+def save(tmp_path, variant="plain", step=10, **data):
+    run = tiny_run(variant, **data)
+    llama = random_llama(run.model)
+    return llama, save_llama(tmp_path / "checkpoints", llama, run, step)
+
+
+def test_the_folder_has_the_model_and_the_tokenizer_of_the_run(tmp_path, capsys):
+    llama, checkpoint = save(tmp_path)
+    assert run_tool(tmp_path, "--dtype", "float32", "--max-shard-size", "20KB") == 0
+    out = capsys.readouterr().out
+    assert f"wrote {sum(p.numel() for p in llama.parameters()):,} parameters of {checkpoint}" in out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert logits(model).equal(logits(llama))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer("né")["input_ids"] == list("né".encode())
+    assert model.config.eos_token_id == tokenizer.eos_token_id == 256
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_verify_compares_transformers_with_megalites_own_model(tmp_path, capsys, variant):
+    save(tmp_path, variant)
+    assert run_tool(tmp_path, "--verify") == 0
+    out = capsys.readouterr().out
+    assert "largest difference of a weight after the cast to bfloat16: 0\n" in out
+    assert "largest difference of a logit, transformers against megalite: " in out
+    assert out.endswith("verified\n")
+
+
+def test_verify_fails_when_the_model_reads_the_weights_differently(tmp_path, capsys, monkeypatch):
+    """The control: the same weights under another rope base."""
+    save(tmp_path)
+    export = convert_to_hf.export
+
+    def export_with_wrong_base(*args, model, **kwargs):
+        return export(*args, model=model.model_copy(update={"rope_theta": 500.0}), **kwargs)
+
+    monkeypatch.setattr(convert_to_hf, "export", export_with_wrong_base)
+    assert run_tool(tmp_path, "--verify") == 1
+    captured = capsys.readouterr()
+    assert "weight after the cast to bfloat16: 0\n" in captured.out
+    assert "does not agree with" in captured.err and "verified\n" not in captured.out
+
+
+def test_verify_fails_when_a_weight_differs(tmp_path, capsys, monkeypatch):
+    save(tmp_path)
+    export = convert_to_hf.export
+
+    def export_and_change(*args, **kwargs):
+        file = export(*args, **kwargs) / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-5] ^= 0x40
+        file.write_bytes(data)
+
+    monkeypatch.setattr(convert_to_hf, "export", export_and_change)
+    assert run_tool(tmp_path, "--verify") == 1
+
+
+def test_the_newest_valid_checkpoint_is_taken_and_a_damaged_one_named(tmp_path, capsys):
+    _, older = save(tmp_path, step=10)
+    _, newer = save(tmp_path, step=20)
+    (newer / "rank-00001.safetensors").unlink()
+    assert run_tool(tmp_path) == 0
+    captured = capsys.readouterr()
+    assert "step-00000020 is not valid and is skipped: rank-00001.safetensors is missing" in captured.err
+    assert str(older) in captured.out
+
+
+def test_a_named_tokenizer_goes_into_the_export_and_none_leaves_it_out(tmp_path, capsys):
+    save(tmp_path, train=["corpus"])
+    build_byte_tokenizer().save(tmp_path / "tokenizer")
+    assert run_tool(tmp_path) == 0
+    assert not (tmp_path / "hf" / "tokenizer.json").exists()
+    assert "without a tokenizer" in capsys.readouterr().err
+    with_tokenizer = ["--output", str(tmp_path / "hf2"), "--tokenizer", str(tmp_path / "tokenizer")]
+    assert run_tool(tmp_path, *with_tokenizer) == 0
+    assert json.loads((tmp_path / "hf2" / "tokenizer_config.json").read_text())["model_max_length"] == 64
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--output", "."], "exists and is not an empty folder"),
+        (["--checkpoint", "absent"], "no checkpoint in absent: expected RUN_DIR/checkpoints"),
+        (["--checkpoint", "absent/step-00000001"], "there is no checkpoint absent/step-00000001"),
+        (["--tokenizer", "absent.json"], "absent.json: no such file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path, capsys, extra, message):
+    save(tmp_path)
+    assert run_tool(tmp_path, *extra) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and message in lines[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused_with_both_numbers(tmp_path, capsys, monkeypatch):
+    save(tmp_path)
+    monkeypatch.setattr(convert_to_hf, "load_tokenizer", lambda name: Large())
+    assert run_tool(tmp_path) == 2
+    assert "has 300 ids and the model 257" in capsys.readouterr().err
+
+
+class Large:
+    vocab_size = 300
+
+
+@pytest.mark.parametrize(
+    ("text", "size_bytes"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("2GiB", 2**31), ("4096", 4096)]
+)
+def test_sizes_are_decimal_or_binary(text, size_bytes):
+    assert convert_to_hf.parse_bytes(text) == size_bytes
+
+
+@pytest.mark.parametrize("text", ["5 apples", "", "-1GB", "0"])
+def test_a_size_that_is_none_is_refused(text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        convert_to_hf.main(["--checkpoint", "c", "--output", "o", f"--max-shard-size={text}"])
+    assert stop.value.code == 2
+    assert "is not a size: write it like 500MB" in capsys.readouterr().err

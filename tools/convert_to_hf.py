@@ -1,0 +1,179 @@
+"""Turn a megalite checkpoint into a Hugging Face Llama folder."""
+
+import argparse
+import re
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from megalite.checkpoint.hf import DTYPES, export, largest_difference, llama_shapes, read_config
+from megalite.checkpoint.layout import CheckpointError
+from megalite.checkpoint.load import TensorReader, find_checkpoint
+from megalite.config.load import ConfigError
+from megalite.config.model import ModelConfig
+from megalite.model.llama import LlamaStage
+from megalite.tokenizer.tokenizer import BYTES, Tokenizer, TokenizerError, load_tokenizer
+
+EPILOG = """\
+The folder loads with AutoModelForCausalLM and AutoTokenizer of transformers 4 and 5. No GPU is needed, and
+the checkpoint may come from any number of processes. Memory: one tensor; --verify holds the model twice, in
+float32.
+
+example:
+  python tools/convert_to_hf.py --checkpoint runs/default/checkpoints --output exported --verify
+"""
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+LOGITS_TOLERANCE = (
+    1e-4  # of the largest logit: two implementations add the same float32 numbers in other orders
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    try:
+        return convert(arguments)
+    except (CheckpointError, ConfigError, TokenizerError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        help="RUN_DIR/checkpoints (the newest valid one), or a step-N in it",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write; must not exist, or be empty"
+    )
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        type=parse_bytes,
+        default="5GB",
+        help="largest file: 500MB, 5GB, 2GiB (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        help="folder, file, 'bytes', or 'none' for no tokenizer (default: the run's data.tokenizer)",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read back, and compare all weights and some logits with the checkpoint",
+    )
+    return parser
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as 5GB (decimal) or 2GiB (binary)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B)?", text.upper())
+    size_bytes = int(float(match[1]) * UNITS[match[2] or ""]) if match else 0
+    if not size_bytes:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size: write it like 500MB, 5GB or 2GiB")
+    return size_bytes
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    print(f"checking the files of {arguments.checkpoint}", file=sys.stderr)
+    checkpoint = find_checkpoint(arguments.checkpoint, lambda line: print(line, file=sys.stderr))
+    if checkpoint is None:
+        raise CheckpointError(f"no checkpoint in {arguments.checkpoint}: expected RUN_DIR/checkpoints")
+    run = read_config(checkpoint)
+    default = run.data.tokenizer or (BYTES if run.data.train is None else None)
+    tokenizer = open_tokenizer(arguments.tokenizer or default, run.model)
+    model = with_end_of_text(run.model, tokenizer)
+    num_parameters = sum(torch.Size(shape).numel() for shape in llama_shapes(model).values())
+    total_bytes = num_parameters * DTYPES[arguments.dtype].itemsize
+    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="writing") as bar:
+        export(
+            checkpoint,
+            arguments.output,
+            model=model,
+            dtype=arguments.dtype,
+            max_shard_bytes=arguments.max_shard_size,
+            add_files=partial(save_tokenizer, tokenizer, model),
+            progress=bar.update,
+        )
+    print(f"wrote {num_parameters:,} parameters of {checkpoint} to {arguments.output}")
+    if tokenizer is None:
+        print("without a tokenizer: name one with --tokenizer to add it", file=sys.stderr)
+    return verify(checkpoint, arguments.output, model, arguments.dtype) if arguments.verify else 0
+
+
+def open_tokenizer(name: str | None, model: ModelConfig) -> Tokenizer | None:
+    """The tokenizer that goes into the export. TokenizerError when it has ids that the model has not."""
+    if name is None or name == "none":
+        return None
+    tokenizer = load_tokenizer(name)
+    if tokenizer.vocab_size > model.vocab_size:
+        raise TokenizerError(
+            f"tokenizer {name} has {tokenizer.vocab_size} ids and the model {model.vocab_size}: "
+            "name the one that it was trained with (--tokenizer)"
+        )
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer | None, model: ModelConfig, folder: Path) -> None:
+    if tokenizer is not None:
+        tokenizer.save(folder, model.max_position_embeddings)
+
+
+def with_end_of_text(model: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    """The model's own eos_token_id, else its tokenizer's: without one, generation has no place to stop."""
+    if model.eos_token_id is not None or tokenizer is None or tokenizer.eos_token is None:
+        return model
+    return model.model_copy(update={"eos_token_id": tokenizer.eos_token_id})
+
+
+# Verification
+
+
+def verify(checkpoint: Path, output: Path, model: ModelConfig, dtype: str) -> int:
+    """Compare every weight, then the logits of two independent implementations; 0 when both agree."""
+    weights = largest_difference(checkpoint, output, dtype)
+    print(f"largest difference of a weight after the cast to {dtype}: {weights:g}")
+    logits, scale = logits_difference(checkpoint, output, model, dtype)
+    print(
+        f"largest difference of a logit, transformers against megalite: {logits:g} (largest logit: {scale:g})"
+    )
+    if weights == 0 and logits <= LOGITS_TOLERANCE * scale:
+        print("verified")
+        return 0
+    print(f"error: {output} does not agree with {checkpoint}", file=sys.stderr)
+    return 1
+
+
+@torch.no_grad()
+def logits_difference(checkpoint: Path, output: Path, model: ModelConfig, dtype: str) -> tuple[float, float]:
+    """(largest difference, largest logit) on random tokens, both in float32 from the weights as exported."""
+    from transformers import AutoModelForCausalLM
+
+    generator = torch.Generator().manual_seed(0)
+    length = min(model.max_position_embeddings, 128)
+    tokens = torch.randint(model.vocab_size, (2, length), generator=generator)
+    theirs = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)(tokens).logits
+    ours = build_megalite_model(checkpoint, model, dtype)(tokens).transpose(0, 1)[..., : model.vocab_size]
+    return (theirs - ours).abs().max().item(), theirs.abs().max().item()
+
+
+def build_megalite_model(checkpoint: Path, model: ModelConfig, dtype: str) -> LlamaStage:
+    """megalite's own model in one process, with the checkpoint's weights rounded to `dtype`."""
+    stage, reader = LlamaStage(model, dtype=torch.float32).eval(), TensorReader(checkpoint)
+    for parameter in stage.parameters():
+        spec = parameter.spec  # type: ignore[attr-defined]
+        parameter.copy_(spec.cut(reader.read("weight", spec.name).to(DTYPES[dtype])))
+    return stage
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+"""Write docs/configuration.md from the configuration's own types and descriptions."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from megalite.config.deepspeed import OWNED_BY_RUN, DeepSpeedConfig
+from megalite.config.load import section_of
+from megalite.config.run import RunConfig
+from megalite.config.section import Section
+
+DEFAULT_OUTPUT = Path(__file__).parent.parent / "docs" / "configuration.md"
+
+INTRODUCTION = """\
+# Configuration
+
+A run is stated in two files, and each fact has one home:
+
+- the **run** (`--config FILE.yaml`, or the defaults below) says what is trained and how;
+- the **DeepSpeed JSON** (`--deepspeed_config FILE.json`) says batch sizes, precision, ZeRO and clipping.
+
+A fact stated in both, an unknown key, or a value of another kind is refused in one line that names the place.
+Any key of the run can be changed on the command line, its value written as in YAML:
+
+    deepspeed launchers/pretrain.py --deepspeed_config configs/deepspeed/zero3.json \\
+              --config configs/runs/pretrain_460m.yaml parallel.tp_size=2 optimizer.learning_rate=3e-4
+
+The resolved run is saved as `config.yaml` in its output folder, and starts the same run again.
+
+This page is written by `python tools/describe_config.py` from the code.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--output", type=Path, default=DEFAULT_OUTPUT, help="file to write (default: %(default)s)"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.output.write_text(describe(), encoding="utf-8")
+    except OSError as error:
+        print(f"error: cannot write {arguments.output}: {error.strerror}", file=sys.stderr)
+        return 2
+    print(f"wrote {arguments.output}")
+    return 0
+
+
+def describe() -> str:
+    """The whole page, in Markdown."""
+    sections = [(name, section_of(field)) for name, field in RunConfig.model_fields.items()]
+    top_level = [name for name, section in sections if section is None]
+    parts = [INTRODUCTION, "## The run\n", "### Top level\n\n" + _table(RunConfig, top_level)]
+    parts += [_section(name, section) for name, section in sections if section is not None]
+    parts += ["## The DeepSpeed JSON\n\n" + _deepspeed()]
+    return "\n".join(parts)
+
+
+def _section(key: str, section: type[Section]) -> str:
+    text = f"### `{key}`\n\n{_summary(section)}\n\n{_table(section, list(section.model_fields))}"
+    for name, field in section.model_fields.items():
+        inner = section_of(field)
+        if inner is not None:
+            text += "\n" + _section(f"{key}.{name}", inner)
+    return text
+
+
+def _deepspeed() -> str:
+    names = [name for name in DeepSpeedConfig.model_fields if name not in ("precision", "raw")]
+    refused = "\n".join(f"| `{key}` | `{owner}` |" for key, owner in OWNED_BY_RUN.items())
+    return (
+        f"megalite reads these keys, and hands the whole to DeepSpeed:\n\n{_table(DeepSpeedConfig, names)}"
+        "| `bf16.enabled`, `fp16.enabled` | true or false | `false` | Number format of the weights in "
+        "forward and backward; neither means fp32. Not with ZeRO stage 0. |\n\n"
+        f"These are refused, because the run states them:\n\n| DeepSpeed JSON | run |\n|---|---|\n{refused}\n"
+    )
+
+
+def _table(section: type[Section], names: list[str]) -> str:
+    rows = [_row(name, section.model_fields[name]) for name in names]
+    return "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
+
+
+def _row(name: str, field: FieldInfo) -> str:
+    alias = field.validation_alias
+    key = ".".join(str(part) for part in alias.path) if hasattr(alias, "path") else name  # type: ignore[union-attr]
+    meaning = (field.description or "").replace("|", "\\|")
+    return f"| `{key}` | {_kind(field.annotation)} | {_default(field)} | {meaning} |"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    return f"`{field.default if isinstance(field.default, str) else json.dumps(field.default)}`"
+
+
+def _kind(annotation: Any) -> str:
+    """A type in a reader's words."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kind(arguments[0])
+    if origin is Literal:
+        return ", ".join(f"`{str(choice).lower()}`" for choice in arguments)
+    if origin is list:
+        return f"list of {_kind(arguments[0])}"
+    if arguments:
+        return " or ".join(_kind(argument) for argument in arguments)
+    words = {int: "whole number", float: "number", bool: "true or false", str: "text", NoneType: "null"}
+    return words.get(annotation, "section")
+
+
+def _summary(section: type[Section]) -> str:
+    return " ".join((section.__doc__ or "").split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
