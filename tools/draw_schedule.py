@@ -20,11 +20,11 @@ def draw(intervals: list[Interval], title: str) -> Figure:
     """One row per stage, the first on top; times in units of one forward."""
     num_stages = 1 + max(interval.stage for interval in intervals)
     end = max(interval.end for interval in intervals)
-    width = min(24.0, max(6.0, 1.5 + 0.34 * end))
+    width = min(24.0, max(9.0, 1.5 + 0.34 * end))
     figure = Figure(figsize=(width, 1.5 + 0.5 * num_stages), layout="constrained")
     axes = figure.subplots()
     axes.set_facecolor("#f1f1f1")
-    font_points = max(4.0, min(10.0, 46 * width / end / 2))
+    font_points = max(4.0, min(10.0, 23 * width / end))
     for start, stop, stage, kind, micro_batch in intervals:
         corner = (start, stage - ROW_HEIGHT / 2)
         box = Rectangle(corner, stop - start, ROW_HEIGHT, facecolor=FILL[kind], edgecolor=EDGE[kind], lw=0.8)

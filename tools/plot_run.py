@@ -109,10 +109,12 @@ def _curve(
     """The values, pale, under their moving average; alone where an average would mislead."""
     steps, values = _columns(rows, name)
     if raw_only or len(rows) < 20:
-        axes.plot(steps, values, color=BLUE, linewidth=1.5, label=label, marker="." if len(rows) < 20 else None)
+        axes.plot(
+            steps, values, color=BLUE, linewidth=1.5, label=label, marker="." if len(rows) < 20 else None
+        )
     else:
         axes.plot(steps, values, color=BLUE, linewidth=0.8, alpha=0.35)
-        axes.plot(steps, smoothed(values, len(rows) / 40), color=BLUE, linewidth=1.5, label=label)
+        axes.plot(steps, smoothed(values, max(5, len(rows) / 100)), color=BLUE, linewidth=1.5, label=label)
     axes.set_title(title, loc="left", fontsize=10)
     axes.grid(alpha=0.25)
     axes.tick_params(colors=GREY)

@@ -43,13 +43,14 @@ class Region(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A part of one logical float32 tensor in this rank's memory.
+    """A part of one logical tensor in this rank's memory.
 
     The rank holds the box `box_start`, `box_shape` of the full tensor (its tensor-parallel share, without
     padding); `tensor` is the flat range of that box which begins at `flat_start` (its data-parallel share).
 
     kind:   "weight" (the fp32 master weight), "exp_avg" or "exp_avg_sq" (Adam's moments).
-    tensor: 1-D float32, on any device. A live view: loading writes into it.
+    tensor: 1-D, on any device; float32 where owned. A live view: loading writes into it, and rounds to its
+        dtype where that is not float32 (a rank's bfloat16 copy of its weights).
     owned:  this rank writes it. Over all ranks, each element of each (kind, name) is owned exactly once.
     """
 
@@ -63,8 +64,8 @@ class Piece:
     owned: bool = True
 
     def __post_init__(self) -> None:
-        if self.tensor.dim() != 1 or self.tensor.dtype != torch.float32:
-            shape, dtype = tuple(self.tensor.shape), self.tensor.dtype
+        shape, dtype = tuple(self.tensor.shape), self.tensor.dtype
+        if len(shape) != 1 or (self.owned and dtype != torch.float32):
             raise CheckpointError(f"{self.kind} {self.name}: a piece is 1-D float32, not {shape} of {dtype}")
         check_region(self.region, self.full_shape, f"{self.kind} {self.name}")
 

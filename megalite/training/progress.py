@@ -83,7 +83,7 @@ def describe(row: dict[str, Any]) -> list[str]:
 
 def seconds_in_words(seconds: float) -> str:
     """Two units are enough: "41.3 s", "3 min 20 s", "5 h 12 min", "2 d 7 h"."""
-    if seconds < 60:
+    if seconds < 59.95:  # what rounds to 60.0 is a minute
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:

@@ -104,6 +104,16 @@ def test_loading_writes_into_the_live_tensor_and_nowhere_else(tmp_path):
     assert storage[:2].eq(7).all() and storage[8:].eq(7).all()
 
 
+def test_a_lower_precision_copy_is_filled_with_the_rounded_weights(tmp_path):
+    full = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    checkpoint = save_world(tmp_path, 1, cut_all({("weight", "w"): full}, lambda *_: even_cut(1, tp_size=2)))
+    master, copy = torch.zeros(8), torch.zeros(8, dtype=torch.bfloat16)
+    where = ("w", "weight", (4, 4), (2, 0), (2, 4), 0)
+    load_pieces(checkpoint, [Piece(*where, master), Piece(*where, copy, owned=False)])
+    assert master.equal(full.reshape(-1)[8:])
+    assert copy.equal(master.bfloat16())
+
+
 # What does not fit
 
 

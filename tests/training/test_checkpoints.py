@@ -1,0 +1,59 @@
+"""A run that stops and resumes is the run that never stopped, bit for bit; and another layout may take over."""
+
+import pytest
+import torch
+
+from megalite.config.run import CheckpointConfig
+from megalite.training.checkpoints import Checkpoints
+from megalite.training.engine import initialize_communication
+from tests.harness import run_distributed
+from tests.replicas import ADAM, Case, build_replica, deepspeed_config, micro_batches, run_config
+
+CASES = [
+    *(Case(tp=2, dp=2, zero=zero, tied=zero > 1) for zero in (0, 1, 2, 3)),
+    Case(tp=2, pp=2, tied=True),
+    Case(dp=2, zero=1, precision="bf16"),
+    Case(tp=2, zero=3, precision="bf16"),
+    Case(pp=2, dp=2, zero=2, tied=True),
+]
+STOP, LAST = 3, 6
+
+
+def train(rank, case, folder, first, last, save_at=None):
+    """Steps first to last, after resuming where there is a checkpoint; losses and norms as they came."""
+    initialize_communication()
+    run = run_config(case, output_dir=str(folder), checkpoint=CheckpointConfig(save_every_steps=STOP))
+    replica = build_replica(rank, case)
+    checkpoints = Checkpoints(run, deepspeed_config(case), rank, lambda text: None)
+    assert checkpoints.resume(replica.engine) == first - 1
+    curve = []
+    for step in range(first, last + 1):
+        result = replica.train_step(micro_batches(step, replica.context), ADAM.learning_rate / step)
+        curve.append((result.loss, result.grad_norm))
+        if step == save_at:
+            checkpoints.save(replica.engine, step)
+    return curve
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(case, tmp_path):
+    whole = run_distributed(train, case.world_size, case, tmp_path, 1, LAST, STOP)[0]
+    resumed = run_distributed(train, case.world_size, case, tmp_path, STOP + 1, LAST)[0]
+    assert resumed == whole[STOP:]
+    assert resumed != whole[:STOP]
+
+
+MOVES = [
+    (Case(tp=2, dp=2), Case()),
+    (Case(zero=0), Case(tp=2, pp=2)),
+    (Case(tp=2, pp=2, zero=1), Case(dp=2, zero=3)),
+    (Case(pp=2, dp=2, zero=2, tied=True), Case(tp=4, zero=3, tied=True)),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), MOVES, ids=str)
+def test_another_layout_continues_the_run(before, after, tmp_path):
+    """Exact state, then the arithmetic of another layout: as near as test_equivalence's first step."""
+    whole = run_distributed(train, before.world_size, before, tmp_path, 1, LAST, STOP)[0]
+    moved = run_distributed(train, after.world_size, after, tmp_path, STOP + 1, LAST)[0]
+    torch.testing.assert_close(torch.tensor(moved), torch.tensor(whole[STOP:]), rtol=1e-4, atol=0)
