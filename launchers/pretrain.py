@@ -23,7 +23,9 @@ def build_parser() -> argparse.ArgumentParser:
         "MASTER_ADDR and MASTER_PORT; without them this is a run of one process.",
     )
     parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="DeepSpeed configuration")
-    parser.add_argument("--config", nargs="?", metavar="YAML", help="the run (default: a small one, built in)")
+    parser.add_argument(
+        "--config", nargs="?", metavar="YAML", help="the run (default: a small one, built in)"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument(
         "overrides",
@@ -40,9 +42,7 @@ def configure(args: argparse.Namespace, environment: Environment) -> tuple[RunCo
     run = load_run(args.config, args.overrides, args.deepspeed_config)
     deepspeed = load_deepspeed(args.deepspeed_config, where)
     run.check_world(environment.world_size)
-    deepspeed.num_micro_batches(
-        environment.world_size // (run.parallel.tp_size * run.parallel.pp_size)
-    )
+    deepspeed.num_micro_batches(environment.world_size // (run.parallel.tp_size * run.parallel.pp_size))
     return run, deepspeed
 
 

@@ -1,4 +1,4 @@
-"""Tiny replicas for tests: a model that four stages and four tensor-parallel ranks can share, and data for it."""
+"""Tiny replicas for tests: a model for up to four stages and four tensor-parallel ranks, and its data."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -68,12 +68,12 @@ def run_config(case: Case, optimizer: OptimizerConfig = ADAM, **sections: Any) -
     )
 
 
-def deepspeed_config(case: Case) -> DeepSpeedConfig:
+def deepspeed_config(case: Case, **zero_options: Any) -> DeepSpeedConfig:
     raw: dict[str, Any] = {
         "train_batch_size": BATCH,
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_clipping": CLIP,
-        "zero_optimization": {"stage": case.zero},
+        "zero_optimization": {"stage": case.zero, **zero_options},
     }
     if case.precision == "bf16":
         raw |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -88,10 +88,12 @@ def deepspeed_config(case: Case) -> DeepSpeedConfig:
     )
 
 
-def build_replica(rank: int, case: Case, optimizer: OptimizerConfig = ADAM) -> Replica:
+def build_replica(
+    rank: int, case: Case, optimizer: OptimizerConfig = ADAM, **zero_options: Any
+) -> Replica:
     run = run_config(case, optimizer)
     context = build_context(run, rank, case.world_size, torch.device("cpu"))
-    return Replica(run, deepspeed_config(case), context)
+    return Replica(run, deepspeed_config(case, **zero_options), context)
 
 
 def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -36,24 +36,31 @@ def llama_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Name and shape of every tensor of Hugging Face's LlamaForCausalLM, in the order of its layers."""
     hidden, inner = model.hidden_size, model.intermediate_size
     q, kv = (n * model.head_dim for n in (model.num_attention_heads, model.num_key_value_heads))
-    layer: dict[str, Shape] = {
-        "input_layernorm": (hidden,),
-        "self_attn.q_proj": (q, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, q),
-        "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
+    attention: dict[str, Shape] = {
+        "self_attn.q_proj.weight": (q, hidden),
+        "self_attn.k_proj.weight": (kv, hidden),
+        "self_attn.v_proj.weight": (kv, hidden),
+        "self_attn.o_proj.weight": (hidden, q),
     }
-    shapes: dict[str, Shape] = {"model.embed_tokens": (model.vocab_size, hidden)}
+    mlp: dict[str, Shape] = {
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+    norms = {f"{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
+    biases = (_biases(attention) if model.attention_bias else {}) | (_biases(mlp) if model.mlp_bias else {})
+    layer = norms | attention | mlp | biases
+    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (model.vocab_size, hidden)}
     for i in range(model.num_hidden_layers):
         shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    shapes["model.norm"] = (hidden,)
+    shapes["model.norm.weight"] = (hidden,)
     if not model.tie_word_embeddings:
-        shapes["lm_head"] = (model.vocab_size, hidden)
-    return {f"{name}.weight": shape for name, shape in shapes.items()}
+        shapes["lm_head.weight"] = (model.vocab_size, hidden)
+    return shapes
+
+
+def _biases(weights: dict[str, Shape]) -> dict[str, Shape]:
+    return {name.removesuffix("weight") + "bias": shape[:1] for name, shape in weights.items()}
 
 
 def hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:

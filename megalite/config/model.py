@@ -64,10 +64,8 @@ class ModelConfig(Section):
     tie_word_embeddings: bool = Field(
         False, description="Whether the output layer is the embedding's own weight."
     )
-    attention_bias: Literal[False] = Field(
-        False, description="Biases in attention: not implemented, must be false."
-    )
-    mlp_bias: Literal[False] = Field(False, description="Biases in the MLP: not implemented, must be false.")
+    attention_bias: bool = Field(False, description="Whether attention's four projections have biases.")
+    mlp_bias: bool = Field(False, description="Whether the MLP's three projections have biases.")
     rope_theta: PositiveFloat = Field(10000.0, description="Base of the rotary frequencies.")
     rope_scaling: RopeScalingConfig | None = Field(
         None, description="Stretching of the rotary frequencies; null means none."

@@ -80,9 +80,11 @@ class ParallelAttention(nn.Module):
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """query [s, b, A/t, D], key and value [s, b, K/t, D] -> [s, b, A/t * D]."""
         cos, sin = self.rotary.tables(query)
-        heads_first = [
-            x.permute(1, 2, 0, 3) for x in (rotate(query, cos, sin), rotate(key, cos, sin), value)
-        ]
-        grouped = query.size(2) != key.size(2)
-        mixed = F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=grouped)
+        mixed = F.scaled_dot_product_attention(
+            rotate(query, cos, sin).permute(1, 2, 0, 3),
+            rotate(key, cos, sin).permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            is_causal=True,
+            enable_gqa=query.size(2) != key.size(2),
+        )
         return mixed.permute(2, 0, 1, 3).flatten(2)

@@ -29,15 +29,20 @@ def num_parameters(config: ModelConfig) -> int:
 def parameters_per_layer(config: ModelConfig, tp_size: int = 1) -> int:
     """Numbers of one decoder layer on one tensor-parallel rank.
 
-    Matrices are cut over t; key and value heads at most K times, and held t/K-fold beyond; norms are whole.
+    Matrices are cut over t; key and value heads at most K times, and held t/K-fold beyond; norms and the
+    biases of outputs are whole.
     """
     query, key_value, mlp = _matrices(config)
-    return (
-        query // tp_size
-        + key_value // min(tp_size, config.num_key_value_heads)
-        + mlp // tp_size
-        + (2 * config.hidden_size)
-    )
+    width, heads = config.hidden_size, config.num_attention_heads
+    whole = 2 * width
+    if config.attention_bias:
+        query += heads * config.head_dim
+        key_value += 2 * config.num_key_value_heads * config.head_dim
+        whole += width
+    if config.mlp_bias:
+        mlp += 2 * config.intermediate_size
+        whole += width
+    return query // tp_size + key_value // min(tp_size, config.num_key_value_heads) + mlp // tp_size + whole
 
 
 def flops_per_token(config: ModelConfig, seq_length: int) -> int:

@@ -61,9 +61,7 @@ class LlamaStage(nn.Module):
             )
         self.layers = nn.ModuleDict(
             {
-                str(i): DecoderBlock(
-                    config, rotary, layout, name=f"model.layers.{i}", init=init, dtype=dtype
-                )
+                str(i): DecoderBlock(config, rotary, layout, name=f"model.layers.{i}", init=init, dtype=dtype)
                 for i in (range(config.num_hidden_layers) if layers is None else layers)
             }
         )

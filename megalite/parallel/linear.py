@@ -75,9 +75,7 @@ class _ColumnLinear(torch.autograd.Function):
         flat = full.flatten(0, -2)
         grad_weights = [
             _sum_over(group, grad.flatten(0, -2).T @ flat) if needed else None
-            for grad, group, needed in zip(
-                grads, ctx.replica_groups, ctx.needs_input_grad[4:], strict=True
-            )
+            for grad, group, needed in zip(grads, ctx.replica_groups, ctx.needs_input_grad[4:], strict=True)
         ]
         wait_for(reducing)
         return grad_x, None, None, None, *grad_weights

@@ -118,9 +118,7 @@ def cut_over(
             "pieces: change tp_size"
         )
     piece, replica = divmod(group_rank(group), replicas)
-    return ShardSpec(
-        name, full_shape, dim, num_pieces, piece, padded_size, is_owner and replica == 0, tied
-    )
+    return ShardSpec(name, full_shape, dim, num_pieces, piece, padded_size, is_owner and replica == 0, tied)
 
 
 def replicated_over(group: Group, name: str, full_shape: tuple[int, ...]) -> ShardSpec:
@@ -128,9 +126,7 @@ def replicated_over(group: Group, name: str, full_shape: tuple[int, ...]) -> Sha
     return ShardSpec(name, full_shape, is_owner=group_rank(group) == 0)
 
 
-def sharded_parameter(
-    spec: ShardSpec, init: Initializer, dtype: torch.dtype | None = None
-) -> nn.Parameter:
+def sharded_parameter(spec: ShardSpec, init: Initializer, dtype: torch.dtype | None = None) -> nn.Parameter:
     """This rank's part of a parameter, cut from the full initial tensor.
 
     The full tensor lives only within this call, so building under ZeRO-3 construction never holds a
@@ -141,6 +137,11 @@ def sharded_parameter(
     parameter.spec = spec  # type: ignore[attr-defined]
     parameter.model_parallel = spec.is_owner  # type: ignore[attr-defined]
     return parameter
+
+
+def spec_of(parameter: torch.Tensor) -> ShardSpec:
+    """The spec that a parameter carries from birth."""
+    return parameter.spec  # type: ignore[attr-defined]
 
 
 def normal_initializer(seed: int, std: float = 0.02) -> Initializer:

@@ -15,7 +15,7 @@ from megalite.checkpoint.save import save_checkpoint
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.load import dump_run
 from megalite.config.run import RunConfig
-from megalite.parallel.shard import ShardSpec
+from megalite.parallel.shard import ShardSpec, spec_of
 from megalite.training.engine import StageEngine
 from megalite.training.zero import ADAM_MOMENTS, adam_state, is_stage3, master_slices
 
@@ -92,7 +92,7 @@ def live_pieces(engine: StageEngine) -> Iterator[Piece]:
     parameters = list(engine.module.parameters())
     everyone_has_it = engine.config.zero_stage == 0
     for part in master_slices(optimizer, parameters, context.dp_rank):
-        spec = part.parameter.spec
+        spec = spec_of(part.parameter)
         owned = spec.is_owner and not (everyone_has_it and context.dp_rank)
         state = adam_state(optimizer, part.flat)
         yield _piece(spec, "weight", part.start, part.view(part.flat), owned)
@@ -100,7 +100,7 @@ def live_pieces(engine: StageEngine) -> Iterator[Piece]:
             yield _piece(spec, moment, part.start, part.view(state[moment]), owned)
     for parameter in parameters:
         start, weight = _own_weights(parameter, is_stage3(optimizer), context.dp_rank)
-        yield _piece(parameter.spec, "weight", start, weight, owned=False)
+        yield _piece(spec_of(parameter), "weight", start, weight, owned=False)
 
 
 def _own_weights(parameter: Any, partitioned: bool, dp_rank: int) -> tuple[int, torch.Tensor]:

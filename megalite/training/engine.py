@@ -20,6 +20,7 @@ from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.run import OptimizerConfig
 from megalite.parallel.context import Group, ParallelContext, group_size
 from megalite.parallel.mpu import ModelParallelUnit
+from megalite.parallel.shard import spec_of
 from megalite.training.zero import is_stage3, reduced_gradients
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,7 +84,7 @@ class StageEngine:
             dist_init_required=False,
         )
         self.optimizer = self.engine.optimizer
-        self.tied = [p for p in module.parameters() if p.spec.tied and context.pp_size > 1]
+        self.tied = [p for p in module.parameters() if spec_of(p).tied and context.pp_size > 1]
         if config.zero_stage == 3:
             self._own_the_trace()
 
@@ -161,7 +162,8 @@ class StageEngine:
         """Norm over tp x pp of all gradients, each counted once. At ZeRO-0 DeepSpeed keeps it to itself."""
         total = torch.zeros((), dtype=torch.float32, device=self.context.device)
         for parameter in self.module.parameters():
-            if parameter.spec.is_owner:
+            if spec_of(parameter).is_owner:
+                assert parameter.grad is not None
                 total += parameter.grad.float().square().sum()
         if group_size(self.context.model_parallel_group) > 1:
             dist.all_reduce(total, group=self.context.model_parallel_group)
@@ -212,12 +214,12 @@ def parameter_groups(module: nn.Module) -> list[list[nn.Parameter]]:
     stages, and a stage with fewer groups would leave the others waiting.
     """
     parameters = list(module.parameters())
-    matrices = [p for p in parameters if len(p.spec.full_shape) > 1]
-    alone = next((p for p in matrices if p.spec.tied), matrices[0])
+    matrices = [p for p in parameters if len(spec_of(p).full_shape) > 1]
+    alone = next((p for p in matrices if spec_of(p).tied), matrices[0])
     return [
         [alone],
         [p for p in matrices if p is not alone],
-        [p for p in parameters if len(p.spec.full_shape) == 1],
+        [p for p in parameters if len(spec_of(p).full_shape) == 1],
     ]
 
 

@@ -59,9 +59,7 @@ def processes(environment: Environment) -> Iterator[tuple[torch.device, Liveness
         assert box[0] is not None
         return box[0]
 
-    liveness = Liveness.start(
-        environment.rank, environment.world_size, publish, host=environment.master_addr
-    )
+    liveness = Liveness.start(environment.rank, environment.world_size, publish, host=environment.master_addr)
     initialize_communication()
     yield device, liveness
     dist.barrier()

@@ -62,7 +62,7 @@ class Liveness:
         address = json.loads(publish(server.address(host) if server else None))
         connection = _connect(address, rank, connect_seconds)
         liveness = cls(rank, address["name"], server, connection)
-        pass
+        os.register_at_fork(after_in_child=liveness._forget)
         connection.send(hello=rank, token=address["token"], name=process_name(rank))
         if server:
             server.start()

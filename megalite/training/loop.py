@@ -63,8 +63,7 @@ def train(
 def evaluate(replica: Replica, loader: BatchLoader, run: RunConfig, batch_samples: int) -> float:
     """Mean loss in nats over the first `validation_steps` global batches: the same ones each time."""
     losses = [
-        replica.evaluate(loader.batch(index * batch_samples))
-        for index in range(run.logging.validation_steps)
+        replica.evaluate(loader.batch(index * batch_samples)) for index in range(run.logging.validation_steps)
     ]
     return sum(losses) / len(losses)
 

@@ -45,7 +45,11 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def describe_memory(
-    run: RunConfig, deepspeed: DeepSpeedConfig, context: ParallelContext, at_start: list[int], peaks: list[int]
+    run: RunConfig,
+    deepspeed: DeepSpeedConfig,
+    context: ParallelContext,
+    at_start: list[int],
+    peaks: list[int],
 ) -> str:
     """Measured memory of each rank beside what its share of the model must take.
 

@@ -1,10 +1,10 @@
 """Where DeepSpeed's ZeRO wrappers keep gradients and master weights; read from version 0.19.8.
 
-    stage, precision         wrapper                   fp32 master weights
-    0, fp32                  the torch optimizer       the parameters themselves
-    1 and 2                  DeepSpeedZeroOptimizer    a flat partition a parameter group
-    1, bf16, fp32 gradients  BF16_Optimizer            a flat partition a parameter group
-    3                        ..._Stage3                a flat partition a sub-group
+stage, precision         wrapper                   fp32 master weights
+0, fp32                  the torch optimizer       the parameters themselves
+1 and 2                  DeepSpeedZeroOptimizer    a flat partition a parameter group
+1, bf16, fp32 gradients  BF16_Optimizer            a flat partition a parameter group
+3                        ..._Stage3                a flat partition a sub-group
 """
 
 from collections.abc import Iterable, Iterator
@@ -45,9 +45,7 @@ def is_stage3(optimizer: Any) -> bool:
     return hasattr(optimizer, "parameter_offload")
 
 
-def master_slices(
-    optimizer: Any, parameters: Iterable[nn.Parameter], dp_rank: int
-) -> Iterator[MasterSlice]:
+def master_slices(optimizer: Any, parameters: Iterable[nn.Parameter], dp_rank: int) -> Iterator[MasterSlice]:
     """Where this rank's masters of each parameter lie; none where another rank has them all."""
     for parameter in parameters:
         if isinstance(optimizer, torch.optim.Optimizer):

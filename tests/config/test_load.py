@@ -104,7 +104,7 @@ def test_an_unknown_key_in_a_file_names_the_file(tmp_path):
         ("parallel.recompute=on", "expected one of 'none', 'selective' or 'full'"),
         ("checkpoint.resume=yes", 'checkpoint.resume is "yes": expected true or false'),
         ("output_dir=3", "output_dir is 3: expected text (put it in quotes)"),
-        ("model.mlp_bias=true", "model.mlp_bias is true: expected one of false"),
+        ("model.mlp_bias=1", "model.mlp_bias is 1: expected true or false"),
         ("model=3", "model is 3: expected a section"),
         ("data.train=[a, b]", "2 prefixes given, expected exactly 1"),
         ("data.split=1,2", "'1,2' is not three weights"),

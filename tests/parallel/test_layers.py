@@ -24,7 +24,7 @@ from megalite.parallel.shard import normal_initializer
 from megalite.parallel.topology import Topology
 from tests.harness import run_distributed
 
-S, B, H, O, V = 8, 3, 12, 24, 37
+S, B, H, OUT, V = 8, 3, 12, 24, 37
 DTYPE = torch.float64
 INIT = normal_initializer(seed=3, std=0.5)
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}
@@ -52,10 +52,10 @@ def assert_slice(local, whole, spec):
 def column_equals_linear(group):
     for sequence_parallel in (False, True):
         layer = ColumnParallelLinear(
-            H, O, group=group, sequence_parallel=sequence_parallel, bias=True, init=INIT, dtype=DTYPE
+            H, OUT, group=group, sequence_parallel=sequence_parallel, bias=True, init=INIT, dtype=DTYPE
         )
-        x, grad = full("x", S, B, H), full("grad", S, B, O).detach()
-        weight, bias = weight_of("linear.weight", O, H), torch.zeros(O, dtype=DTYPE, requires_grad=True)
+        x, grad = full("x", S, B, H), full("grad", S, B, OUT).detach()
+        weight, bias = weight_of("linear.weight", OUT, H), torch.zeros(OUT, dtype=DTYPE, requires_grad=True)
         F.linear(x, weight, bias).backward(grad)
         local_x = mine(x, group) if sequence_parallel else x.detach().clone().requires_grad_()
         y = layer(local_x)
@@ -70,10 +70,10 @@ def column_equals_linear(group):
 def row_equals_linear(group):
     for sequence_parallel in (False, True):
         layer = RowParallelLinear(
-            O, H, group=group, sequence_parallel=sequence_parallel, bias=True, init=INIT, dtype=DTYPE
+            OUT, H, group=group, sequence_parallel=sequence_parallel, bias=True, init=INIT, dtype=DTYPE
         )
-        x, grad = full("x", S, B, O), full("grad", S, B, H).detach()
-        weight, bias = weight_of("linear.weight", H, O), torch.zeros(H, dtype=DTYPE, requires_grad=True)
+        x, grad = full("x", S, B, OUT), full("grad", S, B, H).detach()
+        weight, bias = weight_of("linear.weight", H, OUT), torch.zeros(H, dtype=DTYPE, requires_grad=True)
         expected = F.linear(x, weight, bias)
         expected.backward(grad)
         local_x = mine(x, group, -1)
@@ -94,7 +94,7 @@ def merged_columns_equal_linears_with_replicas(group):
     for ranks in replica_groups:
         made = dist.new_group(ranks)
         replica_group = made if group.rank() in ranks else replica_group
-    columns = [Column("q", O), Column("k", heads * 4, replicas)]
+    columns = [Column("q", OUT), Column("k", heads * 4, replicas)]
     layer = MergedColumnLinear(
         H,
         columns,
@@ -107,8 +107,8 @@ def merged_columns_equal_linears_with_replicas(group):
         dtype=DTYPE,
     )
     x = full("x", S, B, H)
-    grad_q, grad_k = full("gq", S, B, O).detach(), full("gk", size, S, B, 4).detach()
-    q, k = weight_of("m.q.weight", O, H), weight_of("m.k.weight", heads * 4, H)
+    grad_q, grad_k = full("gq", S, B, OUT).detach(), full("gk", size, S, B, 4).detach()
+    q, k = weight_of("m.q.weight", OUT, H), weight_of("m.k.weight", heads * 4, H)
     twin_k = F.linear(x, k).unflatten(-1, (heads, 4))
     loss = (F.linear(x, q) * grad_q).sum()
     for rank in range(size):  # each rank uses its replica in its own way

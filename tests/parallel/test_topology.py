@@ -4,9 +4,7 @@ import pytest
 
 from megalite.parallel.topology import Topology
 
-WORLDS = [
-    (tp * pp * dp, tp, pp) for tp in (1, 2, 3, 4, 8) for pp in (1, 2, 3, 8) for dp in (1, 2, 5, 16)
-]
+WORLDS = [(tp * pp * dp, tp, pp) for tp in (1, 2, 3, 4, 8) for pp in (1, 2, 3, 8) for dp in (1, 2, 5, 16)]
 
 
 @pytest.mark.parametrize(("world_size", "tp_size", "pp_size"), WORLDS)

@@ -1,4 +1,4 @@
-"""A run that stops and resumes is the run that never stopped, bit for bit; and another layout may take over."""
+"""A run that resumes is the run that never stopped, bit for bit; and another layout may take over."""
 
 import pytest
 import torch

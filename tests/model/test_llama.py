@@ -1,0 +1,135 @@
+"""The decoder equals Hugging Face's: loss and every gradient, in float64, and parameter names and counts.
+
+Both compute rotary angles in fp32, everything else in float64 (transformers' norm is told to); the two
+differ by the order of sums, some units of 1e-16. 1e-9 relative leaves room for
+sums over all tokens and would not hide a wrong term.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from megalite.checkpoint.hf import hf_config, llama_shapes
+from megalite.config.model import ModelConfig
+from megalite.model.flops import num_parameters
+from megalite.model.layout import StageLayout
+from megalite.model.llama import LlamaStage
+
+SMALL = {
+    "vocab_size": 131,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+VARIANTS = {
+    "plain": {},
+    "tied": {"tie_word_embeddings": True},
+    "one key for each query": {"num_key_value_heads": 4},
+    "wide heads": {"head_dim": 16},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "linear rope": {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama3 rope, other theta and eps": {
+        "rope_scaling": LLAMA3,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-6,
+    },
+}
+
+
+def twins(
+    changes: dict, layout: StageLayout | None = None
+) -> tuple[ModelConfig, LlamaStage, LlamaForCausalLM]:
+    config = ModelConfig.model_validate(SMALL | changes)
+    stage = LlamaStage(config, layout, seed=5, dtype=torch.float64)
+    for index, parameter in enumerate(stage.parameters()):  # biases and norms as well are to matter
+        if parameter.ndim == 1:
+            generator = torch.Generator().manual_seed(index)
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+    twin = LlamaForCausalLM(LlamaConfig(**hf_config(config, "float32"))).double()
+    weights = {p.spec.name: p.detach()[: p.spec.box_shape[0]] for p in stage.parameters()}
+    missing, unexpected = twin.load_state_dict(weights, strict=False)
+    assert not unexpected and set(missing) <= {"lm_head.weight"}
+    twin.tie_weights()
+    for norm in (module for module in twin.modules() if isinstance(module, LlamaRMSNorm)):
+        norm.forward = partial(_norm_in_float64, norm)
+    return config, stage, twin
+
+
+def _norm_in_float64(norm: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """What LlamaRMSNorm computes, without its cast to fp32."""
+    return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+
+def loss_and_gradients(stage, twin) -> tuple[torch.Tensor, torch.Tensor, dict, dict]:
+    tokens = torch.randint(SMALL["vocab_size"], (2, 41), generator=torch.Generator().manual_seed(1))
+    ids, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
+    loss = stage(ids, labels)
+    expected = torch.nn.functional.cross_entropy(twin(ids).logits.flatten(0, 1), labels.flatten())
+    loss.backward()
+    expected.backward()
+    ours = {p.spec.name: p.grad[: p.spec.box_shape[0]] for p in stage.parameters()}
+    return loss, expected, ours, {name: p.grad for name, p in twin.named_parameters()}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_loss_and_gradients_equal_transformers(changes):
+    config, stage, twin = twins(changes)
+    loss, expected, ours, theirs = loss_and_gradients(stage, twin)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        message = f"gradient of {name}"
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-8, atol=1e-11, msg=message)
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputation_changes_nothing(recompute):
+    _, stage, twin = twins({}, StageLayout(recompute=recompute))
+    loss, expected, ours, theirs = loss_and_gradients(stage, twin)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-8, atol=1e-11)
+
+
+def test_the_comparison_notices_another_theta():
+    _, stage, _ = twins({})
+    _, _, twin = twins({"rope_theta": 20000.0})
+    loss, expected, *_ = loss_and_gradients(stage, twin)
+    assert abs(loss - expected) > 1e-6
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_names_shapes_and_counts_agree_with_the_tables(changes):
+    config, stage, twin = twins(changes)
+    shapes = {p.spec.name: p.spec.full_shape for p in stage.parameters()}
+    assert shapes == llama_shapes(config)
+    assert num_parameters(config) == sum(p.numel() for p in twin.parameters())
+
+
+def test_initial_weights_depend_on_seed_and_name_alone():
+    def weights(seed: int, **changes) -> dict[str, torch.Tensor]:
+        stage = LlamaStage(ModelConfig.model_validate(SMALL | changes), seed=seed)
+        return {p.spec.name: p.detach() for p in stage.parameters()}
+
+    first, again, other = weights(1), weights(1, num_hidden_layers=3), weights(2)
+    matrices = [name for name in first if "proj" in name]
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not any(torch.equal(first[name], other[name]) for name in matrices)
+    assert len({float(first[name].flatten()[0]) for name in matrices}) == len(matrices)
+    plain, residual = first["model.layers.0.mlp.up_proj.weight"], first["model.layers.0.mlp.down_proj.weight"]
+    assert abs(plain.std() / SMALL["initializer_range"] - 1) < 0.05
+    assert abs(residual.std() * 6**0.5 / SMALL["initializer_range"] - 1) < 0.05
