@@ -84,6 +84,8 @@ class StageEngine:
             dist_init_required=False,
         )
         self.optimizer = self.engine.optimizer
+        self._backwards_to_come: dict[nn.Module, int] = {}
+        self.gathers_once = config.zero_stage == 3 and parameter_gathering == "step"
         self.tied = [p for p in module.parameters() if spec_of(p).tied and context.pp_size > 1]
         if config.zero_stage == 3:
             self._own_the_trace()
@@ -118,7 +120,14 @@ class StageEngine:
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """The stage's output; on the last stage the loss."""
-        return self.engine(x, labels)
+        output = self.engine(x, labels)
+        if is_stage3(self.optimizer) and torch.is_grad_enabled() and not self._backwards_to_come:
+            self._backwards_to_come = {
+                module: module.ds_grads_remaining  # type: ignore[misc]
+                for module in self.module.modules()
+                if hasattr(module, "ds_grads_remaining")
+            }
+        return output
 
     def backward(self, output: torch.Tensor, grad: torch.Tensor | None, *, is_last: bool) -> None:
         """Back-propagate one micro batch.
@@ -131,12 +140,33 @@ class StageEngine:
             # Forwards clear this mark; where two backwards follow each other, ZeRO-3 would let the second
             # one's gradients overwrite the first one's.
             self.optimizer.clear_backward_seen_flag()
+        if is_stage3(self.optimizer):
+            self._prepare_release(is_last)
         if grad is None:
             self.engine.backward(output)  # divides by the number of micro batches: here, and only here
             return
         # The gradient of this product's sum is exactly `grad`. `output.backward(grad)` would be divided
         # again at each stage, and is refused at ZeRO-0.
         self.engine.backward((output * grad).sum() / self._loss_scale(), scale_wrt_gas=False)
+
+    def _prepare_release(self, is_last: bool) -> None:
+        """Let each module release its parameters in this backward, or keep them for the next.
+
+        A module counts down the backwards that its last forward asked for, and releases at zero; where
+        several backwards follow each other the count would pass below it, and all would stay gathered until
+        the end of the backward, then leave at once. So the count is set again before each.
+
+        Modules whose input needs no gradient, the embedding, never count. DeepSpeed lets go of them after
+        each backward; gathering once a step, they are to stay until the last.
+        """
+        for module, count in self._backwards_to_come.items():
+            module.ds_grads_remaining = count  # type: ignore[assignment]
+        offload = self.optimizer.parameter_offload
+        if self.gathers_once:
+            coordinator = offload.get_param_coordinator()
+            offload.release_backward_leftovers = (
+                coordinator.release_backward_leftovers if is_last else _release_nothing
+            )
 
     def _loss_scale(self) -> float:
         """fp16's loss scale, which DeepSpeed multiplies in at every stage and the last one alone needs."""
@@ -221,6 +251,10 @@ def parameter_groups(module: nn.Module) -> list[list[nn.Parameter]]:
         [p for p in matrices if p is not alone],
         [p for p in parameters if len(spec_of(p).full_shape) == 1],
     ]
+
+
+def _release_nothing() -> None:
+    """In place of DeepSpeed's release after a backward that another one follows."""
 
 
 def _agreement_check(group: Group) -> Callable[[list[int]], None]:

@@ -14,12 +14,13 @@ class Environment:
     world_size: int
     local_world_size: int
     master_addr: str
+    master_port: int
 
     @classmethod
     def read(cls) -> "Environment":
-        """Read RANK, LOCAL_RANK, WORLD_SIZE and MASTER_ADDR; without them this is a job of one process.
+        """Read RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; without them this is a job of one.
 
-        Raises ValueError when only some of them are there.
+        Raises ValueError when only some of them are there, or they are not such numbers.
         """
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in names if name not in os.environ]
@@ -30,15 +31,18 @@ class Environment:
                 f"the environment has {', '.join(n for n in names if n not in missing)} but not "
                 f"{', '.join(missing)}: start with deepspeed, torchrun, or the scripts in slurm/"
             )
-        world_size = int(os.environ["WORLD_SIZE"])
+        rank, world_size = _number("RANK"), _number("WORLD_SIZE")
+        if rank >= world_size:
+            raise ValueError(f"RANK {rank} of WORLD_SIZE {world_size}: ranks run from 0 to {world_size - 1}")
         # deepspeed, torchrun and Slurm each have their own name for the processes of this node
         local = [os.environ.get(name) for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")]
         return cls(
-            rank=int(os.environ["RANK"]),
-            local_rank=int(os.environ["LOCAL_RANK"]),
+            rank=rank,
+            local_rank=_number("LOCAL_RANK"),
             world_size=world_size,
             local_world_size=int(next((size for size in local if size), world_size)),
             master_addr=os.environ["MASTER_ADDR"],
+            master_port=_number("MASTER_PORT"),
         )
 
 
@@ -50,6 +54,13 @@ def choose_cpu_accelerator() -> None:
 def threads_are_set() -> bool:
     """Whether the user has chosen the number of threads of a process."""
     return "OMP_NUM_THREADS" in os.environ
+
+
+def _number(name: str) -> int:
+    text = os.environ[name]
+    if not text.isdecimal():
+        raise ValueError(f"{name} is {text!r} in the environment: expected a whole number")
+    return int(text)
 
 
 def _free_port() -> int:

@@ -5,11 +5,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megalite.checkpoint.tensor_file import write_text_file
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.load import dump_run
 from megalite.config.run import RunConfig
@@ -24,7 +26,8 @@ from megalite.training.checkpoints import Checkpoints, gather
 from megalite.training.engine import TORCH_DTYPES, initialize_communication
 from megalite.training.environment import Environment, threads_are_set
 from megalite.training.hardware import peak_flops_per_second
-from megalite.training.liveness import Liveness
+from megalite.training.liveness import Liveness, LivenessError
+from megalite.training.liveness_server import leave
 from megalite.training.loop import Data, train
 from megalite.training.metrics import Metrics, Workload
 from megalite.training.progress import Progress
@@ -34,6 +37,8 @@ from megalite.training.report import describe_memory, describe_run, peak_memory_
 DEFAULT_CORPUS_BYTES = 8 << 20
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 
+Result = TypeVar("Result")
+
 
 def pretrain(run: RunConfig, deepspeed: DeepSpeedConfig, environment: Environment) -> None:
     """Train `run` to its last step; called by every rank. Raises nothing that others would not hear of."""
@@ -41,7 +46,7 @@ def pretrain(run: RunConfig, deepspeed: DeepSpeedConfig, environment: Environmen
         try:
             _pretrain(run, deepspeed, environment, device)
         except USER_ERRORS as error:
-            liveness.failed(str(error))
+            liveness.failed(_in_words(error))
         except Exception as error:
             sys.excepthook(type(error), error, error.__traceback__)  # ours to mend: show where
             liveness.failed(f"{type(error).__name__}: {error}")
@@ -51,6 +56,24 @@ def pretrain(run: RunConfig, deepspeed: DeepSpeedConfig, environment: Environmen
 def processes(environment: Environment) -> Iterator[tuple[torch.device, Liveness]]:
     """The process group of all ranks, watched: a rank that dies ends the job, with its name."""
     device = _choose_device(environment)
+    try:
+        liveness = _meet(environment, device)
+    except dist.DistNetworkError as error:
+        where = f"{environment.master_addr}:{environment.master_port}"
+        reason = str(error).rpartition("message: ")[2]
+        leave(
+            f"ranks cannot meet at {where}: {reason}: choose another MASTER_PORT (deepspeed --master_port N)"
+        )
+    except LivenessError as error:
+        leave(str(error))
+    initialize_communication()
+    yield device, liveness
+    dist.barrier()
+    liveness.close()
+    dist.destroy_process_group()
+
+
+def _meet(environment: Environment, device: torch.device) -> Liveness:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     def publish(address: str | None) -> str:
@@ -59,12 +82,7 @@ def processes(environment: Environment) -> Iterator[tuple[torch.device, Liveness
         assert box[0] is not None
         return box[0]
 
-    liveness = Liveness.start(environment.rank, environment.world_size, publish, host=environment.master_addr)
-    initialize_communication()
-    yield device, liveness
-    dist.barrier()
-    liveness.close()
-    dist.destroy_process_group()
+    return Liveness.start(environment.rank, environment.world_size, publish, host=environment.master_addr)
 
 
 def _choose_device(environment: Environment) -> torch.device:
@@ -84,12 +102,13 @@ def _pretrain(
     context = build_context(run, environment.rank, environment.world_size, device)
     run = _with_data(run, context)
     data = _build_data(run, deepspeed, context)
-    if is_reporter:
-        _write_configs(run, deepspeed)
+    on_rank_0(context, lambda: _make_folder(run.output_dir))
     memory_at_start = gather(peak_memory_bytes(device))
     replica = Replica(run, deepspeed, context)
     checkpoints = Checkpoints(run, deepspeed, environment.rank, report)
     last_step = checkpoints.resume(replica.engine)
+    if is_reporter:
+        _write_configs(run, deepspeed)
     metrics = _open_metrics(run, deepspeed, context, last_step, report)
     train(replica, data, run, deepspeed, checkpoints, metrics, last_step + 1)
     if metrics:
@@ -136,11 +155,13 @@ def _with_data(run: RunConfig, context: ParallelContext) -> RunConfig:
     """The run with its default data made and named, where it names none."""
     if run.data.train is not None:
         return run
-    folder = Path(run.output_dir) / "data"
-    prefix = None
-    if context.rank == 0:
-        prefix = prepare_default_data(folder, load_tokenizer("bytes"), DEFAULT_CORPUS_BYTES)
-    data = run.data.model_copy(update={"train": [gather(prefix)[0]], "tokenizer": "bytes"})
+
+    def prepare() -> str:
+        folder = _make_folder(run.output_dir)
+        return prepare_default_data(folder / "data", load_tokenizer("bytes"), DEFAULT_CORPUS_BYTES)
+
+    prefix = on_rank_0(context, prepare)
+    data = run.data.model_copy(update={"train": [prefix], "tokenizer": "bytes"})
     return run.model_copy(update={"data": data})
 
 
@@ -157,9 +178,12 @@ def _build_data(run: RunConfig, deepspeed: DeepSpeedConfig, context: ParallelCon
         validation_samples=(steps // every + 1) * per_validation if every else 0,
         seed=run.seed,
     )
-    for prefix in [*run.data.train, *(run.data.validation or [])]:
-        if context.rank == 0:
+
+    def check_ids() -> None:
+        for prefix in [*run.data.train, *(run.data.validation or [])]:
             check_vocabulary(IndexedDataset(prefix), run.model.vocab_size)
+
+    on_rank_0(context, check_ids)
 
     def loader(dataset: Any) -> BatchLoader:
         return BatchLoader(
@@ -174,12 +198,48 @@ def _build_data(run: RunConfig, deepspeed: DeepSpeedConfig, context: ParallelCon
     return Data(loader(train_set), loader(validation_set) if validation_set is not None else None)
 
 
+def on_rank_0(context: ParallelContext, action: Callable[[], Result]) -> Result:
+    """What an action gives on rank 0, on every rank; a user's mistake too, as the job's and not a rank's."""
+    value, mistake = None, None
+    if context.rank == 0:
+        try:
+            value = action()
+        except USER_ERRORS as error:
+            mistake = _in_words(error)
+    value, mistake = gather((value, mistake))[0]
+    if mistake is not None:
+        raise ValueError(mistake)
+    return value
+
+
+def _in_words(error: Exception) -> str:
+    """Python's "[Errno 28] No space left on device: 'FILE'" is "FILE: No space left on device"."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _make_folder(output_dir: str) -> Path:
+    """The run's folder, made if need be. Raises ValueError when nothing can be written there."""
+    folder = Path(output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise ValueError(
+            f"output_dir {output_dir} cannot be written: {error.strerror}: choose another"
+        ) from None
+
+
 def _write_configs(run: RunConfig, deepspeed: DeepSpeedConfig) -> None:
-    folder = Path(run.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(dump_run(run), encoding="utf-8")
-    text = json.dumps(deepspeed.raw, indent=2) + "\n"
-    (folder / "deepspeed.json").write_text(text, encoding="utf-8")
+    texts = {"config.yaml": dump_run(run), "deepspeed.json": json.dumps(deepspeed.raw, indent=2) + "\n"}
+    for name, text in texts.items():
+        path = Path(run.output_dir, name)
+        aside = path.with_name(f".{name}.tmp")
+        aside.unlink(missing_ok=True)
+        write_text_file(aside, text)
+        aside.replace(path)
 
 
 def _say(text: str) -> None:

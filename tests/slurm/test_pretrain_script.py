@@ -136,11 +136,9 @@ def test_a_job_on_two_nodes_trains_exactly_as_under_the_deepspeed_launcher(
     assert job.exit_code == 0, job.log
 
     run_with_deepspeed(deepspeed_config, f"output_dir={tmp_path}/deepspeed")
-    run_with_deepspeed(deepspeed_config, f"output_dir={tmp_path}/other_seed", "seed=4321")
     losses = read_losses(tmp_path / "slurm")
-    assert len(losses) == 3
+    assert len(set(losses)) == 3  # a loss that never moves would be equal, too
     assert losses == read_losses(tmp_path / "deepspeed")
-    assert losses != read_losses(tmp_path / "other_seed")
 
 
 def run_with_deepspeed(deepspeed_config: Path, *overrides: str) -> None:
@@ -181,6 +179,7 @@ def test_a_killed_rank_ends_a_training_job_within_a_minute(
     assert metrics.exists(), cluster.log(job_id)
     os.kill(cluster.ranks(job_id)[1], signal.SIGKILL)
     job = cluster.wait(job_id, timeout_seconds=60)
+    print(job.log)
     assert job.state == "FAILED" and job.exit_code != 0, job.log
 
 

@@ -4,9 +4,9 @@ import pytest
 
 from megalite.training.engine import initialize_communication
 from tests.harness import run_distributed
-from tests.replicas import ADAM, MICRO_BATCH, Case, build_replica, micro_batches
+from tests.replicas import ADAM, Case, build_replica, micro_batches
 
-NUM_STEPS = 4  # the first two record the trace of parameter uses; later ones follow it
+NUM_STEPS = 3  # the first records the trace of parameter uses, later ones follow it
 
 
 class Counter:
@@ -44,15 +44,12 @@ def gathered_per_step(rank, case):
 @pytest.mark.parametrize("layout", [{"pp": 2, "dp": 2}, {"pp": 4}], ids=str)
 def test_gathering_once_a_step_or_for_each_micro_batch_gives_the_same_numbers(schedule, layout):
     once, always = (
-        run_distributed(
-            gathered_per_step, 4, Case(**layout, schedule=schedule, gathering=gathering)
-        )
+        run_distributed(gathered_per_step, 4, Case(**layout, schedule=schedule, gathering=gathering))
         for gathering in ("step", "micro_batch")
     )
     for stage_once, stage_always in zip(once, always, strict=True):
         assert stage_once[1] == stage_always[1]
         num_micro_batches = stage_once[2]
-        assert num_micro_batches > 1 and MICRO_BATCH > 1
-        # An embedding is released at its own pace and may be gathered again: at most one more copy of it.
-        assert 1 <= stage_once[0][-1] < 1.5, f"gathered {stage_once[0]} times the stage"
-        assert stage_always[0][-1] >= 2 * num_micro_batches - 0.5, f"gathered {stage_always[0]}"
+        assert num_micro_batches > 1
+        assert stage_once[0][-1] == 1
+        assert stage_always[0][-1] == 2 * num_micro_batches
