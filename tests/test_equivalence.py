@@ -74,7 +74,7 @@ def reference(model: ModelConfig) -> Curve:
     """One process, plain PyTorch, the whole batch at once."""
     curve = Curve()
     stage = LlamaStage(model, seed=SEED)
-    optimizer = build_optimizer(stage, ADAM, torch.device("cpu"))
+    optimizer = build_optimizer(stage, ADAM)
     for step in range(NUM_STEPS):
         loss = stage(*global_batch(step))
         loss.backward()
