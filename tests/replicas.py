@@ -39,6 +39,7 @@ class Case:
     recompute: str = "none"
     gathering: str = "step"
     precision: str = "fp32"
+    documents: bool = False
 
     def __str__(self) -> str:
         changed = [f"{name}={value}" for name, value in vars(self).items() if value != getattr(Case, name)]
@@ -88,22 +89,27 @@ def deepspeed_config(case: Case, **zero_options: Any) -> DeepSpeedConfig:
     )
 
 
-def build_replica(
-    rank: int, case: Case, optimizer: OptimizerConfig = ADAM, **zero_options: Any
-) -> Replica:
+def build_replica(rank: int, case: Case, optimizer: OptimizerConfig = ADAM, **zero_options: Any) -> Replica:
     run = run_config(case, optimizer)
     context = build_context(run, rank, case.world_size, torch.device("cpu"))
     return Replica(run, deepspeed_config(case, **zero_options), context)
 
 
-def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids [BATCH, s] and labels, the same on every rank."""
+def global_batch(step: int, documents: bool = False) -> tuple[torch.Tensor, ...]:
+    """Ids [BATCH, s], labels, and with `documents` where each token's document starts; on every rank."""
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(MODEL.vocab_size, (BATCH, SEQ_LENGTH + 1), generator=generator)
-    return tokens[:, :-1], tokens[:, 1:]
+    batch = (tokens[:, :-1], tokens[:, 1:])
+    if not documents:
+        return batch
+    border = torch.randint(1, SEQ_LENGTH, (BATCH, 1), generator=generator)
+    place = torch.arange(SEQ_LENGTH)
+    return *batch, torch.where(place >= border, border, 0)
 
 
-def micro_batches(step: int, context: ParallelContext) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def micro_batches(
+    step: int, context: ParallelContext, documents: bool = False
+) -> list[tuple[torch.Tensor, ...]]:
     """This rank's part of a global batch."""
-    ids, labels = (x.chunk(context.dp_size)[context.dp_rank] for x in global_batch(step))
-    return list(zip(ids.split(MICRO_BATCH), labels.split(MICRO_BATCH), strict=True))
+    parts = (x.chunk(context.dp_size)[context.dp_rank] for x in global_batch(step, documents))
+    return list(zip(*(part.split(MICRO_BATCH) for part in parts), strict=True))

@@ -9,6 +9,7 @@ differences grow along the run: 1e-4 at the tenth step. A missing reduction is o
 """
 
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import pytest
 import torch
@@ -58,6 +59,8 @@ CASES = [
     Case(tp=2, pp=2, dp=2),
     Case(tp=2, pp=2, dp=2, tied=True, schedule="afab", gathering="micro_batch", recompute="full"),
     Case(tp=2, pp=2, dp=2, zero=1, tied=True),
+    Case(tp=2, pp=2, documents=True, recompute="selective"),
+    Case(pp=2, dp=2, documents=True, recompute="full"),
 ]
 
 
@@ -70,13 +73,13 @@ class Curve:
     gradients: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def reference(model: ModelConfig) -> Curve:
+def reference(model: ModelConfig, documents: bool = False) -> Curve:
     """One process, plain PyTorch, the whole batch at once."""
     curve = Curve()
     stage = LlamaStage(model, seed=SEED)
     optimizer = build_optimizer(stage, ADAM)
     for step in range(NUM_STEPS):
-        loss = stage(*global_batch(step))
+        loss = stage(*global_batch(step, documents))
         loss.backward()
         if step == 0:
             curve.gradients = _merge([(p.spec, 0, p.grad.flatten().clone()) for p in stage.parameters()])
@@ -93,8 +96,8 @@ def run_case(rank: int, case: Case) -> Curve:
     replica = build_replica(rank, case, ADAM)
     for step in range(NUM_STEPS):
         if step == NUM_STEPS // 2:
-            replica.evaluate(micro_batches(0, replica.context))  # changes nothing
-        result = replica.train_step(micro_batches(step, replica.context), ADAM.learning_rate)
+            replica.evaluate(micro_batches(0, replica.context, case.documents))  # changes nothing
+        result = replica.train_step(micro_batches(step, replica.context, case.documents), ADAM.learning_rate)
         curve.losses.append(result.loss)
         curve.norms.append(result.grad_norm)
     curve.gradients = first_gradients(rank, case)
@@ -104,7 +107,7 @@ def run_case(rank: int, case: Case) -> Curve:
 def first_gradients(rank: int, case: Case) -> dict[str, torch.Tensor]:
     """Every full weight gradient of the first step, put together from the slices of all ranks."""
     replica = build_replica(rank, case, HOLDS_GRADIENTS)
-    replica.train_step(micro_batches(0, replica.context), ADAM.learning_rate)
+    replica.train_step(micro_batches(0, replica.context, case.documents), ADAM.learning_rate)
     parts = []
     optimizer, context = replica.engine.optimizer, replica.context
     for piece in master_slices(optimizer, replica.engine.module.parameters(), context.dp_rank):
@@ -128,8 +131,10 @@ def _merge(parts: list) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def references() -> dict[bool, Curve]:
-    return {tied: reference(TIED if tied else MODEL) for tied in (False, True)}
+def references() -> dict[tuple[bool, bool], Curve]:
+    """One process's curves by (tied, documents)."""
+    keys = product((False, True), repeat=2)
+    return {key: reference(TIED if key[0] else MODEL, documents=key[1]) for key in keys}
 
 
 def assert_same_run(curve: Curve, expected: Curve, case: Case) -> None:
@@ -153,15 +158,15 @@ def assert_same_run(curve: Curve, expected: Curve, case: Case) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_layout_gives_the_losses_norms_and_gradients_of_one_process(case, references):
     for curve in run_distributed(run_case, case.world_size, case):
-        assert_same_run(curve, references[case.tied], case)
+        assert_same_run(curve, references[case.tied, case.documents], case)
 
 
 def test_the_comparison_notices_another_seed_and_clipping_is_active(references):
-    other = replace(references[False])
+    other = replace(references[False, False])
     other.losses = [loss * (1 + 2e-5) for loss in other.losses]
     with pytest.raises(AssertionError, match="first step"):
-        assert_same_run(other, references[False], CASES[0])
-    assert min(references[False].norms) > CLIP
+        assert_same_run(other, references[False, False], CASES[0])
+    assert min(references[False, False].norms) > CLIP
 
 
 BF16_CASES = [
@@ -180,7 +185,7 @@ def test_bf16_stays_near_fp32_in_every_layout(case, references):
     The loss averages 128 tokens' roundings: 1 % is allowed, and 5 % of the gradient norm, in which the
     errors of four layers add up. A lost micro batch or a norm counted twice would be off by 30 % and more.
     """
-    expected = references[case.tied]
+    expected = references[case.tied, case.documents]
     for curve in run_distributed(run_case, case.world_size, case):
         got = torch.tensor([curve.losses, curve.norms])
         want = torch.tensor([expected.losses, expected.norms])

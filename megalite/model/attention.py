@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megalite.config.model import ModelConfig
+from megalite.model.documents import Documents
 from megalite.model.layout import StageLayout
 from megalite.model.rope import RotaryEmbedding, rotate
 from megalite.parallel.linear import Column, MergedColumnLinear, RowParallelLinear
@@ -68,23 +69,30 @@ class ParallelAttention(nn.Module):
             dtype=dtype,
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, documents: Documents | None = None) -> torch.Tensor:
         """[s, b, h] (or [s/t, b, h] under sequence parallelism), the shape kept."""
         query, key, value = (y.unflatten(-1, (-1, self.head_dim)) for y in self.qkv(x))
         if self.recompute and torch.is_grad_enabled():
-            mixed = checkpoint(self._attend, query, key, value, use_reentrant=False)
+            mixed = checkpoint(self._attend, query, key, value, documents, use_reentrant=False)
         else:
-            mixed = self._attend(query, key, value)
+            mixed = self._attend(query, key, value, documents)
         return self.o_proj(mixed)
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        documents: Documents | None,
+    ) -> torch.Tensor:
         """query [s, b, A/t, D], key and value [s, b, K/t, D] -> [s, b, A/t * D]."""
-        cos, sin = self.rotary.tables(query)
-        mixed = F.scaled_dot_product_attention(
-            rotate(query, cos, sin).permute(1, 2, 0, 3),
-            rotate(key, cos, sin).permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            is_causal=True,
-            enable_gqa=query.size(2) != key.size(2),
+        cos, sin = self.rotary.tables(query, documents.positions if documents else None)
+        query, key, value = (
+            x.permute(1, 2, 0, 3) for x in (rotate(query, cos, sin), rotate(key, cos, sin), value)
         )
+        if documents:
+            mixed = documents.attend(query, key, value)
+        else:
+            grouped = query.size(1) != key.size(1)
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
         return mixed.permute(2, 0, 1, 3).flatten(2)

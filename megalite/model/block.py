@@ -5,6 +5,7 @@ from torch import nn
 
 from megalite.config.model import ModelConfig
 from megalite.model.attention import ParallelAttention
+from megalite.model.documents import Documents
 from megalite.model.layout import StageLayout
 from megalite.model.mlp import ParallelMLP
 from megalite.model.rope import RotaryEmbedding
@@ -44,7 +45,7 @@ class DecoderBlock(nn.Module):
         self.post_attention_layernorm = norm("post_attention_layernorm")
         self.mlp = ParallelMLP(config, layout, name=f"{name}.mlp", init=init, dtype=dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, documents: Documents | None = None) -> torch.Tensor:
         """[s, b, h] (or [s/t, b, h] under sequence parallelism), the shape kept."""
-        x = x + self.self_attn(self.input_layernorm(x))
+        x = x + self.self_attn(self.input_layernorm(x), documents)
         return x + self.mlp(self.post_attention_layernorm(x))

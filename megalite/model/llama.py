@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megalite.config.model import ModelConfig
 from megalite.model.block import DecoderBlock
+from megalite.model.documents import Documents
 from megalite.model.init import llama_initializer
 from megalite.model.layout import StageLayout
 from megalite.model.rope import RotaryEmbedding
@@ -94,12 +95,18 @@ class LlamaStage(nn.Module):
         copy = vocabulary_spec(group, f"{EMBEDDING_NAME}.weight", shape, tied=True, is_owner=False)
         return sharded_parameter(copy, init, dtype)
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        document_starts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """One micro batch through this stage.
 
         Args:
             x: token ids [b, s] on the first stage, else the previous stage's output.
             labels: next tokens [b, s]; the last stage needs them for the loss.
+            document_starts: [b, s], where each token's document starts; attention then stays within it.
 
         Returns:
             Activations [s, b, h] (or [s/t, b, h]); on the last stage the mean loss, a scalar, or without
@@ -107,11 +114,12 @@ class LlamaStage(nn.Module):
         """
         if self.embed_tokens is not None:
             x = self.embed_tokens(x.T)
+        documents = None if document_starts is None else Documents(document_starts)
         for block in self.layers.values():
             if self.layout.recompute == "full" and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, documents, use_reentrant=False)
             else:
-                x = block(x)
+                x = block(x, documents)
         if self.lm_head is None or self.norm is None:
             return x
         logits = self.lm_head(self.norm(x))

@@ -43,15 +43,24 @@ class RotaryEmbedding:
         self._config = config
         self._tables: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def tables(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, each [s, 1, 1, D], for x [s, b, heads, D], in its dtype and on its device."""
+    def tables(
+        self, x: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin for x [s, b, heads, D], in its dtype and on its device.
+
+        Each is [s, 1, 1, D] for positions 0 to s - 1, or [s, b, 1, D] for given positions [s, b], below s.
+        """
         key = (x.size(0), x.dtype, x.device)
         if key not in self._tables:
             config = self._config
             frequencies = inverse_frequencies(x.size(-1), config.rope_theta, config.rope_scaling)
-            angles = torch.outer(torch.arange(x.size(0)).float(), frequencies).repeat(1, 2)[:, None, None]
+            angles = torch.outer(torch.arange(x.size(0)).float(), frequencies).repeat(1, 2)
             self._tables[key] = (angles.cos().to(x), angles.sin().to(x))
-        return self._tables[key]
+        if positions is None:
+            cos, sin = (table.unsqueeze(1) for table in self._tables[key])
+        else:
+            cos, sin = (table[positions] for table in self._tables[key])
+        return cos.unsqueeze(2), sin.unsqueeze(2)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -1,21 +1,29 @@
 """Walks one stage through a schedule: computes, keeps what backward needs, exchanges with neighbours."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from megalite.pipeline.p2p import Neighbours
 from megalite.pipeline.schedule import Action, Backward, Exchange, Forward
 
-MicroBatch = tuple[torch.Tensor, torch.Tensor]  # input ids [b, s], labels [b, s]
+
+class MicroBatch(NamedTuple):
+    """What one forward takes in, each [b, s]; every stage is given the same."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    document_starts: torch.Tensor | None = None
 
 
 class Stage(Protocol):
     """What a runner drives: one stage's forward and backward."""
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """The stage's output; on the last stage the loss."""
+    def forward(
+        self, x: torch.Tensor, labels: torch.Tensor | None, document_starts: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The stage's output; on the last stage, which is given labels, the loss."""
 
     def backward(self, output: torch.Tensor, grad: torch.Tensor | None, *, is_last: bool) -> None:
         """Accumulate gradients; grad is None where the output is the loss."""
@@ -75,9 +83,9 @@ class _Walk:
 
     def forward(self, action: Forward) -> None:
         number, runner = action.micro_batch, self.runner
-        ids, labels = self.micro_batches[number]
-        x = ids if runner.is_first else self.inputs[number]
-        output = runner.stage.forward(x, labels if runner.is_last else None)
+        batch = self.micro_batches[number]
+        x = batch.input_ids if runner.is_first else self.inputs[number]
+        output = runner.stage.forward(x, batch.labels if runner.is_last else None, batch.document_starts)
         self.outputs[number] = output
         if runner.is_last:
             self.losses.append(output.detach())

@@ -118,9 +118,14 @@ class StageEngine:
         """Training (True) or evaluation mode of the stage."""
         self.module.train(mode)
 
-    def forward(self, x: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        labels: torch.Tensor | None,
+        document_starts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The stage's output; on the last stage the loss."""
-        output = self.engine(x, labels)
+        output = self.engine(x, labels, document_starts)
         if is_stage3(self.optimizer) and torch.is_grad_enabled() and not self._backwards_to_come:
             self._backwards_to_come = {
                 module: module.ds_grads_remaining  # type: ignore[misc]

@@ -20,6 +20,8 @@ from megalite.pipeline.runner import MicroBatch, PipelineRunner
 from megalite.pipeline.schedule import build_schedule, forward_only
 from megalite.training.engine import StageEngine
 
+Batch = Sequence[tuple[torch.Tensor, ...]]  # a MicroBatch's parts, for each micro batch
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -70,14 +72,14 @@ class Replica:
         self._training = build_schedule(parallel.pipeline_schedule, *stages, num_micro_batches)
         self._evaluation = forward_only(*stages, num_micro_batches)
 
-    def train_step(self, micro_batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
+    def train_step(self, micro_batches: Batch, learning_rate: float) -> StepResult:
         """Take one optimizer step on a global batch, of which this rank is given its part."""
         self.engine.begin()
         loss = self.runner.train(self._training, self._on_device(micro_batches))
         grad_norm = self.engine.step(learning_rate)
         return StepResult(self._mean(loss), grad_norm)
 
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
+    def evaluate(self, micro_batches: Batch) -> float:
         """The mean loss on a global batch; nothing is learnt."""
         self.engine.train(False)
         self.engine.begin()
@@ -85,9 +87,9 @@ class Replica:
         self.engine.train(True)
         return self._mean(loss)
 
-    def _on_device(self, micro_batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    def _on_device(self, micro_batches: Batch) -> list[MicroBatch]:
         device = self.context.device
-        return [(ids.to(device), labels.to(device)) for ids, labels in micro_batches]
+        return [MicroBatch(*(part.to(device) for part in parts)) for parts in micro_batches]
 
     def _mean(self, loss: torch.Tensor | None) -> float:
         """The last stage's loss, averaged over data-parallel ranks, on every rank of the world."""

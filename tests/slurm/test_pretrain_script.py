@@ -179,8 +179,8 @@ def test_a_killed_rank_ends_a_training_job_within_a_minute(
     assert metrics.exists(), cluster.log(job_id)
     os.kill(cluster.ranks(job_id)[1], signal.SIGKILL)
     job = cluster.wait(job_id, timeout_seconds=60)
-    print(job.log)
     assert job.state == "FAILED" and job.exit_code != 0, job.log
+    assert "task 1: Killed" in job.log
 
 
 @pytest.mark.parametrize(
