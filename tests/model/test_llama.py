@@ -87,7 +87,7 @@ def loss_and_gradients(stage, twin) -> tuple[torch.Tensor, torch.Tensor, dict, d
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 def test_loss_and_gradients_equal_transformers(changes):
-    config, stage, twin = twins(changes)
+    _, stage, twin = twins(changes)
     loss, expected, ours, theirs = loss_and_gradients(stage, twin)
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
     assert ours.keys() == theirs.keys()
