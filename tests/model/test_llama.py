@@ -10,13 +10,14 @@ from functools import partial
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from megalite.checkpoint.hf import hf_config, llama_shapes
 from megalite.config.model import ModelConfig
 from megalite.model.flops import num_parameters
 from megalite.model.layout import StageLayout
 from megalite.model.llama import LlamaStage
+from megalite.model.rope import inverse_frequencies
 
 SMALL = {
     "vocab_size": 131,
@@ -94,6 +95,20 @@ def test_loss_and_gradients_equal_transformers(changes):
     for name, gradient in theirs.items():
         message = f"gradient of {name}"
         torch.testing.assert_close(ours[name], gradient, rtol=1e-8, atol=1e-11, msg=message)
+
+
+@pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2.5}, LLAMA3], ids=str)
+def test_rotary_frequencies_equal_those_of_transformers(scaling):
+    """With 32 pairs of dimensions, where Llama-3's scaling keeps some, stretches some and blends some."""
+    config = ModelConfig.model_validate(SMALL | {"head_dim": 64, "rope_scaling": scaling})
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**hf_config(config, "float32"))).inv_freq
+    ours = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    if scaling == LLAMA3:
+        plain = inverse_frequencies(config.head_dim, config.rope_theta)
+        ratios = (plain / ours).tolist()
+        assert min(ratios) == 1 and max(ratios) == 8
+        assert any(1.1 < ratio < 7.9 for ratio in ratios)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
