@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-inp
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo test bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -21,10 +21,13 @@ demo: $(READY)  ## train a small Llama on 4 CPU processes, convert it to Hugging
 test: $(READY)  ## run the whole test suite
 	@$(BIN)/python -m pytest -q --durations=10
 
+bench: $(READY)  ## run the benchmarks, side by side with peers, and write docs/benchmarks.md with its plots
+	@$(BIN)/python -m benchmarks.run
+
 lint: $(READY)  ## check style, format, types and shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy megalite launchers tools
+	$(BIN)/mypy megalite launchers tools benchmarks
 	$(BIN)/shellcheck -x .ci/run $(wildcard slurm/*.sh)
 
 clean:  ## remove .venv and caches; runs/ and data/ stay

@@ -12,6 +12,8 @@ README = Path(__file__).parent / "README.md"
 PLOT = ["matplotlib>=3.8"]
 DEV = [
     "hypothesis>=6.100",
+    # referee of the data tests, where there is a wheel
+    "megatron-core~=0.16.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "mypy>=1.10",
     "pytest>=8",
     "pytest-timeout>=2.3",

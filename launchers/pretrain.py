@@ -1,12 +1,13 @@
-"""Pre-train a Llama decoder: one process a device, started by deepspeed, torchrun or srun.
+r"""Pre-train a Llama decoder: one process a device, started by deepspeed, torchrun or srun.
 
-deepspeed --num_gpus 4 launchers/pretrain.py --deepspeed_config configs/deepspeed/zero3.json \
-    --config configs/runs/pretrain_460m.yaml parallel.tp_size=2 schedule.num_steps=100
+    deepspeed --num_gpus 4 launchers/pretrain.py --deepspeed_config configs/deepspeed/zero3.json \
+        --config configs/runs/pretrain_460m.yaml parallel.tp_size=2 schedule.num_steps=100
 """
 
-import argparse
+import os
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,27 +16,24 @@ from megalite.config.load import load_run
 from megalite.config.run import RunConfig
 from megalite.training.environment import Environment, choose_cpu_accelerator
 
-EPILOG = """The DeepSpeed JSON owns batch sizes, precision, ZeRO and gradient clipping; the YAML owns the rest.
-docs/configuration.md lists every key. Ranks come from RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT; without them this is a run of one process."""
+EPILOG = """The JSON owns batch sizes, precision, ZeRO and gradient clipping; the YAML owns the rest.
+docs/configuration.md lists every key. Without a launcher this is a run of one process."""
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(ArgumentParser):
     """Raises what argparse would print, usage and all, on every rank."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}: see --help")
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> ArgumentParser:
     """The command line; docs/configuration.md lists what can be overridden."""
-    about = "Pre-train a Llama decoder under tensor, sequence, pipeline and ZeRO data parallelism."
-    parser = Parser(description=about, epilog=EPILOG)
+    parser = Parser(description=__doc__, epilog=EPILOG, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="DeepSpeed configuration")
     parser.add_argument("--config", nargs="?", metavar="YAML", help="the run (default: a small one)")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    overrides = "changes to the run, for example parallel.tp_size=2 output_dir=runs/first"
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help=overrides)
+    parser.add_argument("--local_rank", type=int, help=SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the run")
     return parser
 
 
@@ -76,4 +74,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # gloo's threads outlive their groups, and abort an interpreter that shuts down slowly

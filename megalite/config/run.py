@@ -39,28 +39,45 @@ class DataConfig(Section):
 
     train: list[str] | None = Field(
         None,
-        description="Prefix of the .bin and .idx files to train on; null means the source of Python's own "
-        "standard library, as bytes.",
+        description="Prefixes of the .bin and .idx files to train on, mixed by their sizes, or weight and "
+        "prefix in turn; null means the source of Python's own standard library, as bytes.",
     )
     validation: list[str] | None = Field(
-        None, description="Prefix of the files to validate on; null means a part of `train`, by `split`."
+        None,
+        description="The same for validation; null means a part of `train`, by `split`.",
     )
     seq_length: PositiveInt = Field(128, description="Length of one sample, in tokens.")
+    mask_documents: bool = Field(
+        False,
+        description="Whether attention stays within each document of a sample, and positions restart there.",
+    )
     split: str = Field("969,30,1", description="Weights of training, validation and test within `train`.")
     tokenizer: str | None = Field(
         None, description="Tokenizer folder or file that goes with the data into exports."
     )
+    cache_dir: str | None = Field(
+        None,
+        description="Folder that keeps the shuffled indices; null means `cache` beside the first training file.",
+    )
+    allow_other_data: bool = Field(
+        False,
+        description="Whether to resume from a checkpoint that was trained on other data or in another order.",
+    )
 
     @field_validator("train", "validation", mode="before")
     @classmethod
-    def _one_prefix_is_a_list_of_one(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
+    def _texts(cls, value: Any) -> Any:
+        """One prefix is a list of one; weights are kept as they were written."""
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list):
+            return items
+        return [repr(item) if type(item) in (int, float) else item for item in items]
 
     @field_validator("train", "validation")
     @classmethod
-    def _exactly_one_prefix(cls, value: list[str] | None) -> list[str] | None:
-        if value is not None and len(value) != 1:
-            raise ValueError(f"{len(value)} prefixes given, expected exactly 1: merge the files into one")
+    def _at_least_one_prefix(cls, value: list[str] | None) -> list[str] | None:
+        if value == []:
+            raise ValueError("no prefix given, expected at least 1: name a .bin/.idx pair, or write null")
         return value
 
     @field_validator("split")
@@ -145,7 +162,9 @@ class RunConfig(Section):
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Length and learning rate.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving.")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Measuring and showing.")
-    seed: NonNegativeInt = Field(1234, description="Seed of the initial weights and of the data's order.")
+    seed: NonNegativeInt = Field(
+        1234, le=2**32 - 1, description="Seed of the initial weights and of the data's order."
+    )
     output_dir: str = Field("runs/default", description="Folder that receives all that the run writes.")
 
     @model_validator(mode="after")
@@ -161,8 +180,9 @@ class RunConfig(Section):
         """Raise ConfigError unless this model can be laid out over `world_size` ranks."""
         tp_size, pp_size = self.parallel.tp_size, self.parallel.pp_size
         if world_size % (tp_size * pp_size):
+            processes = "1 process" if world_size == 1 else f"{world_size} processes"
             raise ConfigError(
-                f"{world_size} processes cannot be divided into tp_size {tp_size} x pp_size {pp_size}: "
+                f"{processes} cannot be divided into tp_size {tp_size} x pp_size {pp_size}: "
                 f"start a multiple of {tp_size * pp_size}, or change parallel.tp_size or parallel.pp_size"
             )
         self._check_tensor_parallel(tp_size)

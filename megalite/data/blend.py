@@ -4,12 +4,15 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from tqdm import tqdm
 
+from megalite.data.cache import Arrays, IndexCache
 from megalite.data.error import DataError
 from megalite.data.gpt_dataset import GPTDataset
 from megalite.data.indexed_dataset import IndexedDataset
 
 MAX_DATASETS = 32_766
+_FEW, _BLOCK = 30, 1 << 16
 SURPLUS = 0.005  # a dataset is built a little larger than its share, since the greedy order may ask for more
 
 
@@ -57,45 +60,94 @@ def target_samples(
     return targets, [math.ceil(target * (1 + surplus)) for target in targets]
 
 
-def blend_by_weight(weights: Sequence[float], num_samples: int) -> np.ndarray:
+def blend_by_weight(weights: Sequence[float], num_samples: int, progress: bool = False) -> np.ndarray:
     """The dataset of each sample, i16 [num_samples]: always the one furthest behind its share.
 
     Sample i goes to the first maximum over k of weights[k] * max(i, 1) - used[k]. With sizes as weights and
     their sum as `num_samples`, each dataset is used up exactly at the end: the terms sum to 0, so the maximum
     is never below 0, where a used-up dataset stands. Megatron's "exhaustive" order is therefore this one.
     """
+    choose = _choose_of_few if len(weights) <= _FEW else _choose_of_many
     shares, used = normalize(weights), np.zeros(len(weights))
-    chosen, behind = np.empty(num_samples, np.int16), np.empty(len(weights))
-    for i in range(num_samples):
-        np.multiply(shares, float(max(i, 1)), out=behind)
-        np.subtract(behind, used, out=behind)
-        k = behind.argmax()
-        chosen[i] = k
-        used[k] += 1
+    chosen = np.empty(num_samples, np.int16)
+    blocks = range(0, num_samples, _BLOCK)
+    for start in tqdm(blocks, desc="blend", unit="block", delay=2, leave=False, disable=not progress):
+        stop = min(start + _BLOCK, num_samples)
+        chosen[start:stop] = choose(shares, used, range(start, stop))
+        used += np.bincount(chosen[start:stop], minlength=len(used))
     return chosen
+
+
+def _choose_of_few(shares: np.ndarray, used: np.ndarray, positions: range) -> list[int]:
+    """Plain floats are faster than arrays of a few, and the same numbers."""
+    pairs, counts, chosen = shares.tolist(), used.tolist(), []
+    for i in positions:
+        at = i or 1
+        behind = [share * at - count for share, count in zip(pairs, counts, strict=True)]
+        k = behind.index(max(behind))
+        chosen.append(k)
+        counts[k] += 1
+    return chosen
+
+
+def _choose_of_many(shares: np.ndarray, used: np.ndarray, positions: range) -> list[int]:
+    counts, behind, chosen = used.copy(), np.empty(len(used)), []
+    for i in positions:
+        np.multiply(shares, float(i or 1), out=behind)
+        np.subtract(behind, counts, out=behind)
+        k = int(behind.argmax())
+        chosen.append(k)
+        counts[k] += 1
+    return chosen
+
+
+def positions_within(chosen: np.ndarray, num_datasets: int) -> np.ndarray:
+    """For each sample, how many samples of its dataset come before it, i64 [num_samples]."""
+    order = np.argsort(chosen, kind="stable")  # dataset by dataset, each in the order of its samples
+    counts = np.bincount(chosen, minlength=num_datasets)
+    positions = np.empty(len(chosen), np.int64)
+    positions[order] = np.arange(len(chosen)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return positions
 
 
 class BlendedDataset:
     """`num_samples` samples of several datasets mixed by weight; `dataset[i]` is i64 [seq_length + 1].
 
+    With a cache, the order is kept there and found again.
+
     Raises DataError when the order asks a dataset for more samples than it holds.
     """
 
-    def __init__(self, datasets: Sequence[GPTDataset], weights: Sequence[float], num_samples: int) -> None:
+    def __init__(
+        self,
+        datasets: Sequence[GPTDataset],
+        weights: Sequence[float],
+        num_samples: int,
+        cache: IndexCache | None = None,
+        progress: bool = False,
+    ) -> None:
         if not 0 < len(datasets) <= MAX_DATASETS:
             raise DataError(f"data: expected 1 to {MAX_DATASETS} datasets in a blend, found {len(datasets)}")
-        self.datasets = tuple(datasets)
-        self.dataset_index = blend_by_weight(weights, num_samples)
-        self.sample_index = np.empty(len(self.dataset_index), np.int64)
-        for k, dataset in enumerate(self.datasets):
-            where = np.flatnonzero(self.dataset_index == k)
-            if len(where) > len(dataset):
+        self.datasets, self.weights = tuple(datasets), normalize(weights).tolist()
+        made_from = {"kind": "blend", "weights": self.weights, "num_samples": num_samples}
+
+        def build() -> Arrays:
+            chosen = blend_by_weight(weights, num_samples, progress)
+            return {"dataset_index": chosen, "sample_index": positions_within(chosen, len(datasets))}
+
+        index = build() if cache is None else cache.get(made_from, build)
+        self.dataset_index, self.sample_index = index["dataset_index"], index["sample_index"]
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        asked = np.bincount(self.dataset_index, minlength=len(self.datasets)).tolist()
+        for dataset, count in zip(self.datasets, asked, strict=True):
+            if count > len(dataset):
                 prefix = dataset.indexed.prefix
                 remedy = "ask for fewer samples, or give it more weight than a rounding error"
                 raise DataError(
-                    f"{prefix}: the blend asks for {len(where)} samples, found {len(dataset)}: {remedy}"
+                    f"{prefix}: the blend asks for {count} samples, found {len(dataset)}: {remedy}"
                 )
-            self.sample_index[where] = np.arange(len(where))
 
     @property
     def indexed_datasets(self) -> tuple[IndexedDataset, ...]:
@@ -106,6 +158,15 @@ class BlendedDataset:
         return len(self.dataset_index)
 
     def __getitem__(self, position: int) -> np.ndarray:
+        dataset, within = self._locate(position)
+        return dataset[within]
+
+    def document_starts(self, position: int) -> np.ndarray:
+        """As GPTDataset gives them."""
+        dataset, within = self._locate(position)
+        return dataset.document_starts(within)
+
+    def _locate(self, position: int) -> tuple[GPTDataset, int]:
         if not 0 <= position < len(self):
             raise IndexError(f"blended sample {position} of {len(self)}")
-        return self.datasets[self.dataset_index[position]][int(self.sample_index[position])]
+        return self.datasets[self.dataset_index[position]], int(self.sample_index[position])

@@ -9,14 +9,18 @@ All draws come from one `numpy.random.RandomState(seed)`, a stream that NumPy ke
 """
 
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from megalite.data.cache import IndexCache
 from megalite.data.error import DataError
 from megalite.data.indexed_dataset import IndexedDataset
 
 SPLITS = ("train", "validation", "test")
+_BLOCK = 1 << 16  # sequences
 
 
 class SampleIndex(NamedTuple):
@@ -52,51 +56,71 @@ def split_sequences(split: str, num_sequences: int) -> list[tuple[int, int] | No
     ]
 
 
-def build_sample_index(
-    lengths: np.ndarray, bounds: tuple[int, int], seq_length: int, num_samples: int | None, seed: int
-) -> SampleIndex:
-    """Index at least `num_samples` samples (None: one epoch) of sequences [begin, end) that hold tokens."""
-    chosen = np.arange(*bounds, dtype=np.int32)
-    epoch_tokens = int(lengths[bounds[0] : bounds[1]].sum(dtype=np.int64))
-    num_epochs = 1 if num_samples is None else max(1, -(-(num_samples * seq_length + 1) // epoch_tokens))
-    total = (num_epochs * epoch_tokens - 1) // seq_length
-    before_last = ((num_epochs - 1) * epoch_tokens - 1) // seq_length
-    from_last = (num_samples or 0) - before_last
+def plan_epochs(epoch_tokens: int, seq_length: int, num_samples: int | None) -> tuple[int, ...]:
+    """How many epochs of `epoch_tokens` (> 0) hold `num_samples` (None: one epoch), by group.
+
+    A group is shuffled as one: all epochs are, or the last is kept apart from those before it.
+    """
+    if num_samples is None:
+        return (1,)
+    num_epochs = max(1, -(-(num_samples * seq_length + 1) // epoch_tokens))
+    from_last = num_samples - ((num_epochs - 1) * epoch_tokens - 1) // seq_length
     apart = num_epochs > 1 and from_last < int(0.80 * ((epoch_tokens - 1) // seq_length))
+    return (num_epochs - 1, 1) if apart else (num_epochs,)
+
+
+def build_sample_index(
+    lengths: np.ndarray, bounds: tuple[int, int], seq_length: int, epochs: Sequence[int], seed: int
+) -> SampleIndex:
+    """Index the samples of sequences [begin, end), which hold tokens, over groups of epochs."""
+    num_sequences, num_epochs = bounds[1] - bounds[0], sum(epochs)
+    total_tokens = num_epochs * int(lengths[slice(*bounds)].sum(dtype=np.int64))
+    total = (total_tokens - 1) // seq_length
+    before_last = (total_tokens // num_epochs * epochs[0] - 1) // seq_length
 
     random = np.random.RandomState(seed)
-    documents: list[np.ndarray] = [
-        np.tile(chosen, count) for count in ([num_epochs - 1, 1] if apart else [num_epochs])
-    ]
-    for epochs in documents:
-        random.shuffle(epochs)
-    order = np.concatenate(documents)
-    samples = _sample_starts(lengths, order, seq_length, total)
-    dtype = np.uint32 if total < 2**32 - 2 else np.int64
-    ranges = [(0, before_last), (before_last, total)] if apart else [(0, total)]
-    shuffle = [np.arange(*part, dtype=dtype) for part in ranges]
-    for positions in shuffle:
-        random.shuffle(positions)
-    return SampleIndex(order, samples, np.concatenate(shuffle))
+    documents = np.empty((num_epochs, num_sequences), np.int32 if bounds[1] <= 2**31 else np.int64)
+    documents[:] = np.arange(*bounds)
+    for group in _cut(documents, epochs[0]):
+        random.shuffle(group.reshape(-1))
+    samples = _sample_starts(lengths, documents.reshape(-1), seq_length, total)
+    shuffle = np.arange(total, dtype=np.uint32 if total < 2**32 - 2 else np.int64)
+    for part in _cut(shuffle, before_last if len(epochs) > 1 else total):
+        random.shuffle(part)
+    return SampleIndex(documents.reshape(-1), samples, shuffle)
+
+
+def _cut(array: np.ndarray, at: int) -> list[np.ndarray]:
+    """Views of both parts, or of the whole when nothing follows the first."""
+    return [array[:at], array[at:]] if at < len(array) else [array]
 
 
 def _sample_starts(lengths: np.ndarray, order: np.ndarray, seq_length: int, num_samples: int) -> np.ndarray:
-    """Rows (position in `order`, token in that sequence) of stream tokens 0, seq_length, 2 seq_length, ..."""
-    ends = np.zeros(len(order) + 1, np.int64)
-    np.cumsum(lengths[order], out=ends[1:])
-    tokens = np.arange(num_samples + 1, dtype=np.int64) * seq_length
-    owners = np.searchsorted(ends, tokens, side="right") - 1  # skips empty sequences
-    starts = np.stack([owners, tokens - ends[owners]], axis=1)
+    """Rows (position in `order`, token in that sequence) of stream tokens 0, seq_length, 2 seq_length, ...
+
+    Block by block, so that what is needed beside the result stays small.
+    """
+    starts = np.empty((num_samples + 1, 2), np.int32 if len(order) < 2**31 else np.int64)
+    row = total_tokens = 0
+    for begin in range(0, len(order), _BLOCK):
+        sizes = lengths[order[begin : begin + _BLOCK]].astype(np.int64)
+        ends = np.cumsum(sizes) + total_tokens
+        rows_until = -(-ends // seq_length)  # as many rows begin before the end of each sequence
+        rows = slice(row, int(rows_until[-1]))
+        owners = np.cumsum(np.bincount(rows_until - row)[: rows.stop - row])  # sequences that ended before
+        starts[rows, 0] = owners + begin
+        starts[rows, 1] = np.arange(row, rows.stop) * seq_length - (ends - sizes)[owners]
+        row, total_tokens = rows.stop, int(ends[-1])
     starts[0] = 0  # the original starts at position 0 even where that sequence is empty
-    wide = max(len(order), int(lengths.max())) > 2**31 - 1
-    return starts.astype(np.int64 if wide else np.int32)
+    return starts
 
 
 class GPTDataset:
     """Samples of seq_length + 1 tokens from the sequences [begin, end) of an indexed dataset.
 
     `dataset[i]` is i64 [seq_length + 1]: inputs are `[:-1]`, labels `[1:]`. There are at least `num_samples`,
-    or one epoch when it is None. `split` only names the part in messages.
+    or one epoch when it is None. `split` only names the part in messages. With a cache, the index is kept
+    there and found again.
 
     Raises DataError when the part holds too few tokens.
     """
@@ -109,8 +133,9 @@ class GPTDataset:
         seed: int,
         bounds: tuple[int, int] | None = None,
         split: str = "train",
+        cache: IndexCache | None = None,
     ) -> None:
-        self.indexed, self.seq_length, self.split = indexed, seq_length, split
+        self.indexed, self.seq_length, self.seed, self.split = indexed, seq_length, seed, split
         self.bounds = bounds = (0, len(indexed)) if bounds is None else bounds
         if not 0 <= bounds[0] <= bounds[1] <= len(indexed):
             raise DataError(
@@ -127,7 +152,8 @@ class GPTDataset:
             raise DataError(
                 f"{indexed.prefix}: {split} split is empty: {found}: change data.split or add data"
             )
-        self.index = build_sample_index(indexed.sequence_lengths, bounds, seq_length, num_samples, seed)
+        self.epochs = plan_epochs(self.epoch_tokens, seq_length, num_samples)
+        self.index = self._build_index() if cache is None else self._cached_index(cache)
         if num_samples is None and len(self) == 0:
             needed = f"one sample needs {seq_length + 1} tokens, found {self.epoch_tokens}"
             raise DataError(
@@ -142,20 +168,51 @@ class GPTDataset:
     @property
     def num_epochs(self) -> int:
         """How often the sequences are passed through."""
-        return len(self.index.documents) // (self.bounds[1] - self.bounds[0])
+        return sum(self.epochs)
+
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """All that decides the samples and their order; not where the files lie."""
+        return {
+            **self.indexed.fingerprint,
+            "sequences": list(self.bounds),
+            "seq_length": self.seq_length,
+            "epochs": list(self.epochs),
+            "seed": self.seed,
+        }
+
+    def _build_index(self) -> SampleIndex:
+        lengths = self.indexed.sequence_lengths
+        return build_sample_index(lengths, self.bounds, self.seq_length, self.epochs, self.seed)
+
+    def _cached_index(self, cache: IndexCache) -> SampleIndex:
+        arrays = cache.get({"kind": "samples", **self.fingerprint}, lambda: self._build_index()._asdict())
+        return SampleIndex(**arrays)
 
     def __len__(self) -> int:
         return len(self.index.shuffle)
 
     def __getitem__(self, position: int) -> np.ndarray:
-        if not 0 <= position < len(self):
-            raise IndexError(f"{self.indexed.prefix}: {self.split} sample {position} of {len(self)}")
-        sample = int(self.index.shuffle[position])
-        (first, start), (last, stop) = self.index.samples[sample : sample + 2].tolist()
-        documents = self.index.documents[first : last + 1].tolist()
-        if first == last:
+        documents, start, stop = self._locate(position)
+        if len(documents) == 1:
             return self.indexed.get(documents[0], start, stop - start + 1).astype(np.int64)
         parts = [self.indexed.get(documents[0], start)]
         parts += [self.indexed.get(document) for document in documents[1:-1]]
         parts.append(self.indexed.get(documents[-1], 0, stop + 1))
         return np.concatenate(parts, dtype=np.int64)
+
+    def document_starts(self, position: int) -> np.ndarray:
+        """For each input of a sample, where in it that token's sequence starts, i64 [seq_length]."""
+        documents, start, stop = self._locate(position)
+        sizes = self.indexed.sequence_lengths[documents].astype(np.int64)
+        sizes[-1] = stop
+        sizes[0] -= start
+        return np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+    def _locate(self, position: int) -> tuple[list[int], int, int]:
+        """The sequences of a sample, the first token used in the first of them, and the end of its inputs."""
+        if not 0 <= position < len(self):
+            raise IndexError(f"{self.indexed.prefix}: {self.split} sample {position} of {len(self)}")
+        sample = int(self.index.shuffle[position])
+        (first, start), (last, stop) = self.index.samples[sample : sample + 2].tolist()
+        return self.index.documents[first : last + 1].tolist(), start, stop

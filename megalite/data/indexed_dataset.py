@@ -19,11 +19,14 @@ sentences, none when it was empty. Samples and splits count sequences.
 import hashlib
 import struct
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from megalite.data.error import DataError
+from megalite.data.token_file import open_bytes, open_tokens
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -47,8 +50,9 @@ def idx_path(prefix: str | Path) -> Path:
 class IndexedDataset:
     """The sequences of one prefix, memory-mapped; `dataset[i]` is a view of sequence i, in the file's dtype.
 
-    Views keep the mapping alive, also when the dataset object is gone. Opening checks the whole index and the
-    sizes of both files against it, so a dataset that opens is complete.
+    Views keep the mapping alive, also when the dataset object is gone; they are copies where the file system
+    refuses maps. Opening checks the whole index and the sizes of both files against it, so a dataset that
+    opens is complete.
 
     Raises DataError when a file is missing, truncated, extended or inconsistent.
 
@@ -59,7 +63,7 @@ class IndexedDataset:
     def __init__(self, prefix: str | Path) -> None:
         text = str(prefix)
         self.prefix = text[:-4] if text.endswith((".bin", ".idx")) else text
-        index = _map_bytes(idx_path(self.prefix))
+        self._index = index = open_bytes(idx_path(self.prefix))
         self.dtype, num_sequences, num_boundaries = _read_header(idx_path(self.prefix), index)
         ends = np.cumsum([HEADER.size, 4 * num_sequences, 8 * num_sequences, 8 * num_boundaries])
         self.sequence_lengths = index[ends[0] : ends[1]].view("<i4")
@@ -67,7 +71,7 @@ class IndexedDataset:
         self.document_indices = index[ends[2] : ends[3]].view("<i8")
         num_bytes = self._check_sequences()
         self._check_documents()
-        self.tokens = _map_tokens(bin_path(self.prefix), self.dtype, num_bytes)
+        self.tokens = open_tokens(bin_path(self.prefix), self.dtype, num_bytes)
 
     def __len__(self) -> int:
         return len(self.sequence_lengths)
@@ -106,13 +110,11 @@ class IndexedDataset:
         first, last = self.document_indices[index : index + 2]
         return self.tokens[self._token_offset(int(first)) : self._token_offset(int(last))]
 
-    def fingerprint(self) -> str:
-        """SHA-256 of the index file and the size of the token file, not the path: data may move."""
-        digest = hashlib.sha256(str(self.tokens.nbytes).encode())
-        with idx_path(self.prefix).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest()
+    @cached_property
+    def fingerprint(self) -> dict[str, Any]:
+        """What tells this data from other data: the size of both files, and the SHA-256 of the index."""
+        digest = hashlib.sha256(self._index.data).hexdigest()
+        return {"bin_bytes": self.tokens.nbytes, "idx_bytes": len(self._index), "idx_sha256": digest}
 
     def _token_offset(self, sequence: int) -> int:
         """Number of tokens before a sequence; `sequence` = S is the end."""
@@ -163,20 +165,6 @@ def _mismatch(path: Path, field: str, expected: object, found: object) -> DataEr
     )
 
 
-def _map_bytes(path: Path) -> np.ndarray:
-    """The whole file as u8 [bytes]; an empty file cannot be mapped and gives an empty array."""
-    try:
-        if path.stat().st_size == 0:
-            return np.empty(0, np.uint8)
-        return np.asarray(np.memmap(path, np.uint8, mode="r"))
-    except FileNotFoundError:
-        other = path.with_suffix("")
-        hint = f"is {other} the prefix of a .bin/.idx pair made by tools/preprocess_data.py?"
-        raise DataError(f"{path}: file: expected it to exist, found nothing: {hint}") from None
-    except OSError as error:
-        raise DataError(f"{path}: file: expected to map it for reading, found: {error.strerror}") from error
-
-
 def _read_header(path: Path, index: np.ndarray) -> tuple[np.dtype, int, int]:
     """Check the first 34 bytes and the file size; returns dtype, S, D."""
     if len(index) < HEADER.size:
@@ -203,13 +191,3 @@ def _read_header(path: Path, index: np.ndarray) -> tuple[np.dtype, int, int]:
         counts = f"{num_sequences} sequences and {num_boundaries} document boundaries"
         raise _mismatch(path, "file size", f"{size} bytes ({counts})", f"{len(index)} bytes")
     return DTYPES[code], num_sequences, num_boundaries
-
-
-def _map_tokens(path: Path, dtype: np.dtype, num_bytes: int) -> np.ndarray:
-    """All token ids, after the size of the file has been held against the index."""
-    data = _map_bytes(path)
-    if len(data) != num_bytes:
-        what = "truncated" if len(data) < num_bytes else "extended"
-        expected = f"{num_bytes} bytes ({num_bytes // dtype.itemsize} tokens of {dtype} in the index)"
-        raise DataError(f"{path}: file size: expected {expected}, found {len(data)}: {what}, write it again")
-    return data.view(dtype)

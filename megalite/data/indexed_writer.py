@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -107,14 +107,14 @@ class IndexedDatasetWriter:
 
     def publish(self) -> None:
         """Sync both files and give them their names; the writer is finished then."""
-        _sync_and_close(self._bin)
+        sync_and_close(self._bin)
         with self._temporary_idx.open("wb") as index:
             self._write_index(index)
-            _sync_and_close(index)
+            sync_and_close(index)
         idx_path(self.prefix).unlink(missing_ok=True)
         self._temporary_bin.replace(bin_path(self.prefix))
         self._temporary_idx.replace(idx_path(self.prefix))
-        _sync_folder(bin_path(self.prefix).parent)
+        sync_folder(bin_path(self.prefix).parent)
 
     def discard(self) -> None:
         """Remove the temporary files."""
@@ -170,13 +170,15 @@ def merge_datasets(prefixes: Sequence[str | Path], output_prefix: str | Path) ->
             writer.add_dataset(part)
 
 
-def _sync_and_close(file) -> None:
+def sync_and_close(file: BinaryIO) -> None:
+    """Close a file that is on the disk by then."""
     file.flush()
     os.fsync(file.fileno())
     file.close()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """See that a folder's names, as they are now, are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -19,11 +19,13 @@ _REMEDY = "set model.vocab_size above the largest id, or tokenize the data with 
 
 
 class Samples(Protocol):
-    """What the loader reads: i64 [seq_length + 1] by position."""
+    """What the loader reads: i64 [seq_length + 1] by position, and where the documents in it start."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, position: int) -> np.ndarray: ...
+
+    def document_starts(self, position: int) -> np.ndarray: ...
 
 
 class BatchLoader:
@@ -40,6 +42,7 @@ class BatchLoader:
         dp_rank: int,
         dp_size: int,
         vocab_size: int,
+        mask_documents: bool = False,
     ) -> None:
         if global_batch_samples < 1 or global_batch_samples % (dp_size * num_micro_batches):
             pieces = f"{dp_size} data-parallel ranks x {num_micro_batches} micro batches"
@@ -48,12 +51,13 @@ class BatchLoader:
             raise DataError(f"dp_rank: expected 0 to {dp_size - 1}, found {dp_rank}")
         self.dataset, self.vocab_size = dataset, vocab_size
         self.global_batch_samples, self.num_micro_batches = global_batch_samples, num_micro_batches
-        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.dp_rank, self.dp_size, self.mask_documents = dp_rank, dp_size, mask_documents
 
-    def batch(self, consumed_samples: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def batch(self, consumed_samples: int) -> list[tuple[torch.Tensor, ...]]:
         """The next global batch's part for this rank, after `consumed_samples` samples of the dataset.
 
         Returns num_micro_batches pairs (input_ids, labels), each i64 [b, s]; labels are inputs one token on.
+        With mask_documents, a third tensor says for each input where in the sample its document starts.
 
         Raises DataError when the dataset is exhausted or holds an id outside the vocabulary.
         """
@@ -63,10 +67,14 @@ class BatchLoader:
             raise DataError(f"the data is exhausted: {asked}: take fewer steps or build more samples")
         size = self.global_batch_samples // self.dp_size
         first = consumed_samples + self.dp_rank * size
-        samples = np.stack([self.dataset[position] for position in range(first, first + size)])
+        positions = range(first, first + size)
+        samples = np.stack([self.dataset[position] for position in positions])
         self._check_vocabulary(samples, first)
-        micro_batches = torch.from_numpy(samples).chunk(self.num_micro_batches)
-        return [(micro[:, :-1].contiguous(), micro[:, 1:].contiguous()) for micro in micro_batches]
+        parts = [samples[:, :-1], samples[:, 1:]]
+        if self.mask_documents:
+            parts.append(np.stack([self.dataset.document_starts(position) for position in positions]))
+        tensors = [torch.from_numpy(part.copy()).chunk(self.num_micro_batches) for part in parts]
+        return list(zip(*tensors, strict=True))
 
     def _check_vocabulary(self, samples: np.ndarray, first: int) -> None:
         bad = _first_outside(samples, self.vocab_size)

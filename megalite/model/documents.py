@@ -64,4 +64,5 @@ class Documents:
 def _flex_attention(compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention  # slow to import
 
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    attention: Callable[..., Any] = flex_attention
+    return torch.compile(attention, dynamic=False) if compiled else attention

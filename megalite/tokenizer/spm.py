@@ -10,7 +10,8 @@ import sentencepiece
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Backend
 
-from megalite.tokenizer.tokenizer import Tokenizer, TokenizerError
+from megalite.tokenizer.error import TokenizerError
+from megalite.tokenizer.tokenizer import HuggingFaceTokenizer, Tokenizer
 
 _SPACE = "\u2581"
 _PROBES = (
@@ -77,31 +78,54 @@ class SentencePieceTokenizer(Tokenizer):
         return backend
 
 
-def _convert(processor: sentencepiece.SentencePieceProcessor, name: str) -> Backend:
-    """The same vocabulary and merges in `tokenizers`.
+def convert_unigram(file: Path) -> Tokenizer:
+    """A unigram .model as a tokenizer.json, which may cut one text in a hundred in another, equally good way.
 
-    Unigram models are refused: `tokenizers` sums their scores in another precision and cuts some texts
-    differently. So are models that normalise: `tokenizers` maps graphemes, SentencePiece characters.
+    Both add scores of pieces, in another precision: among equal sums they may choose differently. So such a
+    tokenizer is used in this form only. Raises TokenizerError for another kind, or one that changes text.
     """
+    model = _read_model(SentencePieceTokenizer(file)._content())
+    if model.trainer_spec.model_type != model.trainer_spec.UNIGRAM or _changes_text(model):
+        reason = "only unigram models that keep text as it is can be converted"
+        raise TokenizerError(f"{file}: {reason}: use the .model file itself")
+    scores = [(piece.piece, piece.score) for piece in model.pieces]
+    fallback, unknown = model.trainer_spec.byte_fallback, model.trainer_spec.unk_id
+    backend = _dress(Backend(models.Unigram(scores, unk_id=unknown, byte_fallback=fallback)), model)
+    names = {"bos_token": model.trainer_spec.bos_piece, "unk_token": model.trainer_spec.unk_piece}
+    return HuggingFaceTokenizer(backend, str(file), model.trainer_spec.eos_piece, names)
+
+
+def _read_model(content: bytes) -> Any:
     proto: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")  # made at run time, untyped
-    model = proto.ModelProto.FromString(processor.serialized_model_proto())
-    changes_text = (
-        model.normalizer_spec.precompiled_charsmap or model.normalizer_spec.remove_extra_whitespaces
-    )
-    if model.trainer_spec.model_type != proto.TrainerSpec.BPE or changes_text:
+    return proto.ModelProto.FromString(content)
+
+
+def _changes_text(model: Any) -> bool:
+    """Whether it normalises: `tokenizers` maps graphemes there, SentencePiece characters."""
+    spec = model.normalizer_spec
+    return bool(spec.precompiled_charsmap or spec.remove_extra_whitespaces)
+
+
+def _convert(processor: sentencepiece.SentencePieceProcessor, name: str) -> Backend:
+    """The same vocabulary and merges in `tokenizers`; models without an exact form are refused."""
+    model = _read_model(processor.serialized_model_proto())
+    if model.trainer_spec.model_type != model.trainer_spec.BPE or _changes_text(model):
         reason = "only BPE models that keep text as it is have an exact tokenizer.json form"
         raise TokenizerError(f"{name}: {reason}: use the .model file itself")
     vocabulary = {piece.piece: index for index, piece in enumerate(model.pieces)}
     fallback, unknown = model.trainer_spec.byte_fallback, model.pieces[processor.unk_id()].piece
-    backend = Backend(
-        models.BPE(vocabulary, _merges(model), unk_token=unknown, fuse_unk=True, byte_fallback=fallback)
-    )
+    bpe = models.BPE(vocabulary, _merges(model), unk_token=unknown, fuse_unk=True, byte_fallback=fallback)
+    return _dress(Backend(bpe), model)
+
+
+def _dress(backend: Backend, model: Any) -> Backend:
+    """Spaces made visible and back, and the control pieces as special tokens."""
     backend.normalizer = _normalizer(model.normalizer_spec)
     strip = [decoders.Strip(" ", 1, 0)] if model.normalizer_spec.add_dummy_prefix else []
     replace = decoders.Replace(_SPACE, " ")
     backend.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), *strip])
-    kinds = model.SentencePiece
-    control = [piece.piece for piece in model.pieces if piece.type in (kinds.CONTROL, kinds.UNKNOWN)]
+    kinds = (model.SentencePiece.CONTROL, model.SentencePiece.UNKNOWN)
+    control = [piece.piece for piece in model.pieces if piece.type in kinds]
     backend.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in control])
     return backend
 

@@ -11,15 +11,17 @@ from typing import Any
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from megalite.tokenizer.config_file import check_added_tokens, read_config, token_text
+from megalite.tokenizer.error import TokenizerError
+from megalite.tokenizer.hub import convert_with_transformers, download_tokenizer
+
+__all__ = ["Tokenizer", "TokenizerError", "build_byte_tokenizer", "load_tokenizer"]
+
 BYTES = "bytes"
 END_OF_TEXT = "<|endoftext|>"
 # Names by which a bare tokenizer.json may be asked for its end of text, when exactly one of them exists.
 KNOWN_EOS_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>", "<|end|>")
 _UNLIMITED_TOKENS = int(1e30)  # what transformers writes where no maximum is known
-
-
-class TokenizerError(ValueError):
-    """One line for a person: what is wrong with a tokenizer, and the remedy."""
 
 
 class Tokenizer(ABC):
@@ -138,16 +140,21 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
-    """A tokenizer from a Hugging Face folder, a tokenizer.json, a SentencePiece .model, or the name "bytes".
+    """A tokenizer from a Hugging Face folder or name, a tokenizer.json, a SentencePiece .model, or "bytes".
 
     The end of text is `eos_token`, else what the folder's tokenizer_config.json or the SentencePiece model
     says; a bare tokenizer.json is searched for a well-known name. Without any, reading `eos_token_id` raises.
+    A name is looked up on the Hub when no such file or folder is here.
 
     Raises TokenizerError when nothing loadable lies at `path`, or the end of text is not in the vocabulary.
     """
     if str(path) == BYTES and not Path(path).exists():
         return build_byte_tokenizer()
-    file = _tokenizer_file(Path(path))
+    place = Path(path) if Path(path).exists() else _download(str(path))
+    file = _tokenizer_file(place)
+    if file is None:
+        backend, named = convert_with_transformers(place)
+        return HuggingFaceTokenizer(backend, str(place), eos_token or named)
     if file.suffix == ".model":
         from megalite.tokenizer.spm import SentencePieceTokenizer
 
@@ -172,16 +179,21 @@ def _byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(256 + hidden.index(byte)) for byte in range(256)]
 
 
-def _tokenizer_file(path: Path) -> Path:
-    """The file to load: `path` itself, or what the folder holds."""
+def _download(name: str) -> Path:
+    """From the Hub, where it can be a name there: at most one slash, and no ending of a tokenizer file."""
+    if name.count("/") > 1 or name.endswith((".json", ".model")) or name[:1] in ("/", ".", "~"):
+        remedy = (
+            f"expected a folder, a tokenizer.json, a SentencePiece .model, {BYTES!r} or a name on the Hub"
+        )
+        raise TokenizerError(f"{name}: no such file or folder: {remedy}")
+    return download_tokenizer(name)
+
+
+def _tokenizer_file(path: Path) -> Path | None:
+    """The file to load: `path` itself, or what the folder holds; None when that is neither of the two."""
     if path.is_dir():
-        for name in ("tokenizer.json", "tokenizer.model"):
-            if (path / name).is_file():
-                return path / name
-        raise TokenizerError(f"{path}: no tokenizer.json or tokenizer.model in this folder")
-    if not path.is_file():
-        remedy = f"expected a folder, a tokenizer.json, a SentencePiece .model, or {BYTES!r}"
-        raise TokenizerError(f"{path}: no such file or folder: {remedy}")
+        names = ("tokenizer.json", "tokenizer.model")
+        return next((path / name for name in names if (path / name).is_file()), None)
     if path.suffix not in (".json", ".model"):
         raise TokenizerError(
             f"{path}: expected a tokenizer.json or a SentencePiece .model, found {path.suffix!r}"
@@ -195,26 +207,10 @@ def _load_hugging_face(file: Path, eos_token: str | None) -> Tokenizer:
     except Exception as error:  # tokenizers raises Exception itself
         reason = str(error).splitlines()[0]
         raise TokenizerError(f"{file}: not a tokenizer.json that tokenizers reads: {reason}") from error
-    config = _read_config(file.with_name("tokenizer_config.json"))
-    named = eos_token or _token_text(config.get("eos_token")) or _known_eos_token(backend)
+    config = read_config(file.with_name("tokenizer_config.json"))
+    check_added_tokens(file, backend, config)
+    named = eos_token or token_text(config.get("eos_token")) or _known_eos_token(backend)
     return HuggingFaceTokenizer(backend, str(file), named, config)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"{path}: not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise TokenizerError(f"{path}: expected a JSON object, found {type(config).__name__}")
-    return config
-
-
-def _token_text(token: str | dict[str, Any] | None) -> str | None:
-    """tokenizer_config.json holds a token as text or as an object with `content`."""
-    return token.get("content") if isinstance(token, dict) else token
 
 
 def _known_eos_token(backend: Backend) -> str | None:

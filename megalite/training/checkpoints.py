@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from megalite.checkpoint.save import save_checkpoint
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.load import dump_run
 from megalite.config.run import RunConfig
+from megalite.data.fingerprint import check_same_data
 from megalite.parallel.shard import ShardSpec, spec_of
 from megalite.training.engine import StageEngine
 from megalite.training.zero import ADAM_MOMENTS, adam_state, is_stage3, master_slices
@@ -23,12 +24,20 @@ PACKAGES = ("megalite", "torch", "deepspeed", "numpy")
 
 
 class Checkpoints:
-    """Saves and restores a replica under RUN_DIR/checkpoints; collective on all ranks."""
+    """Saves and restores a replica under RUN_DIR/checkpoints; collective on all ranks.
+
+    data: what the run reads, from `describe_data`; a checkpoint that was trained on other data is refused.
+    """
 
     def __init__(
-        self, run: RunConfig, deepspeed: DeepSpeedConfig, rank: int, report: Callable[[str], None]
+        self,
+        run: RunConfig,
+        deepspeed: DeepSpeedConfig,
+        rank: int,
+        report: Callable[[str], None],
+        data: Mapping[str, Any] | None = None,
     ) -> None:
-        self.run, self.deepspeed = run, deepspeed
+        self.run, self.deepspeed, self.data = run, deepspeed, dict(data or {})
         self.rank, self.world_size = rank, dist.get_world_size()
         self.root = Path(run.output_dir) / "checkpoints"
         self.report = report
@@ -42,8 +51,10 @@ class Checkpoints:
         )
         if folder is None:
             return 0
-        load_pieces(folder, list(live_pieces(engine)), rank=self.rank, gather=gather)
         state = read_state(folder)
+        if not self.run.data.allow_other_data:
+            check_same_data(state.get("data", {}), self.data, where=str(folder))
+        load_pieces(folder, list(live_pieces(engine)), rank=self.rank, gather=gather)
         _set_optimizer_steps(engine, state["optimizer_steps"])
         self.report(f"resumed from {folder}")
         return state["step"]
@@ -57,6 +68,7 @@ class Checkpoints:
             "consumed_tokens": samples * self.run.data.seq_length,
             "optimizer_steps": _optimizer_steps(engine),
             "versions": {name: _version(name) for name in PACKAGES},
+            "data": self.data,
         }
         files = {
             "config.yaml": dump_run(self.run),

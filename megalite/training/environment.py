@@ -51,6 +51,11 @@ def choose_cpu_accelerator() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+def cpu_is_chosen() -> bool:
+    """Whether the ranks are to run on the CPU, even if there is a GPU."""
+    return os.environ.get("DS_ACCELERATOR") == "cpu"
+
+
 def threads_are_set() -> bool:
     """Whether the user has chosen the number of threads of a process."""
     return "OMP_NUM_THREADS" in os.environ

@@ -1,43 +1,47 @@
 """A pre-training job, from its configuration to its last checkpoint, on one of its ranks."""
 
-import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megalite.checkpoint.tensor_file import write_text_file
 from megalite.config.deepspeed import DeepSpeedConfig
-from megalite.config.load import dump_run
 from megalite.config.run import RunConfig
 from megalite.data.corpus import prepare_default_data
-from megalite.data.datasets import build_datasets
-from megalite.data.indexed_dataset import IndexedDataset
+from megalite.data.datasets import Datasets
+from megalite.data.fingerprint import describe_data
 from megalite.data.loader import BatchLoader, check_vocabulary
 from megalite.model.flops import flops_per_token
 from megalite.parallel.context import ParallelContext
 from megalite.tokenizer.tokenizer import load_tokenizer
 from megalite.training.checkpoints import Checkpoints, gather
 from megalite.training.engine import TORCH_DTYPES, initialize_communication
-from megalite.training.environment import Environment, threads_are_set
+from megalite.training.environment import Environment, cpu_is_chosen, threads_are_set
 from megalite.training.hardware import peak_flops_per_second
 from megalite.training.liveness import Liveness, LivenessError
 from megalite.training.liveness_server import leave
 from megalite.training.loop import Data, train
 from megalite.training.metrics import Metrics, Workload
+from megalite.training.output import make_folder, write_configs
 from megalite.training.progress import Progress
 from megalite.training.replica import Replica, build_context
 from megalite.training.report import describe_memory, describe_run, peak_memory_bytes
+from megalite.training.samples import build_samples, open_cache, token_files
 
 DEFAULT_CORPUS_BYTES = 8 << 20
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
+DEATH_SECONDS = 1.0  # in which a rank's death is known to all
 
 Result = TypeVar("Result")
+
+
+class JobError(ValueError):
+    """A user's mistake that shows when the ranks come together."""
 
 
 def pretrain(run: RunConfig, deepspeed: DeepSpeedConfig, environment: Environment) -> None:
@@ -45,18 +49,18 @@ def pretrain(run: RunConfig, deepspeed: DeepSpeedConfig, environment: Environmen
     with processes(environment) as (device, liveness):
         try:
             _pretrain(run, deepspeed, environment, device)
-        except USER_ERRORS as error:
-            liveness.failed(_in_words(error))
         except Exception as error:
-            sys.excepthook(type(error), error, error.__traceback__)  # ours to mend: show where
-            liveness.failed(f"{type(error).__name__}: {error}")
+            if not _is_of_the_user(error):
+                time.sleep(DEATH_SECONDS)  # a rank that died breaks our connections: then we end here
+                sys.excepthook(type(error), error, error.__traceback__)  # ours to mend: show where
+            liveness.failed(_in_words(error))
 
 
 @contextmanager
 def processes(environment: Environment) -> Iterator[tuple[torch.device, Liveness]]:
     """The process group of all ranks, watched: a rank that dies ends the job, with its name."""
-    device = _choose_device(environment)
     try:
+        device = _choose_device(environment)
         liveness = _meet(environment, device)
     except dist.DistNetworkError as error:
         where = f"{environment.master_addr}:{environment.master_port}"
@@ -64,7 +68,7 @@ def processes(environment: Environment) -> Iterator[tuple[torch.device, Liveness
         leave(
             f"ranks cannot meet at {where}: {reason}: choose another MASTER_PORT (deepspeed --master_port N)"
         )
-    except LivenessError as error:
+    except (JobError, LivenessError) as error:
         leave(str(error))
     initialize_communication()
     yield device, liveness
@@ -86,7 +90,12 @@ def _meet(environment: Environment, device: torch.device) -> Liveness:
 
 
 def _choose_device(environment: Environment) -> torch.device:
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not cpu_is_chosen():
+        if environment.local_rank >= torch.cuda.device_count():
+            raise JobError(
+                f"local rank {environment.local_rank} of this node has no GPU, there are "
+                f"{torch.cuda.device_count()}: start as many processes, or set DS_ACCELERATOR=cpu"
+            )
         torch.cuda.set_device(environment.local_rank)
         return torch.device("cuda", environment.local_rank)
     if not threads_are_set():
@@ -101,14 +110,16 @@ def _pretrain(
     report = _say if is_reporter else _say_nothing
     context = build_context(run, environment.rank, environment.world_size, device)
     run = _with_data(run, context)
-    data = _build_data(run, deepspeed, context)
-    on_rank_0(context, lambda: _make_folder(run.output_dir))
+    has_bar = is_reporter and sys.stderr.isatty()  # a log file wants lines
+    datasets = build_samples(run, deepspeed.train_batch_size, open_cache(run), progress=has_bar)
+    data = _build_data(datasets, run, deepspeed, context)
+    on_rank_0(context, lambda: make_folder(run.output_dir))
     memory_at_start = gather(peak_memory_bytes(device))
     replica = Replica(run, deepspeed, context)
-    checkpoints = Checkpoints(run, deepspeed, environment.rank, report)
+    checkpoints = Checkpoints(run, deepspeed, environment.rank, report, describe_data(datasets))
     last_step = checkpoints.resume(replica.engine)
     if is_reporter:
-        _write_configs(run, deepspeed)
+        write_configs(run, deepspeed)
     metrics = _open_metrics(run, deepspeed, context, last_step, report)
     train(replica, data, run, deepspeed, checkpoints, metrics, last_step + 1)
     if metrics:
@@ -157,7 +168,7 @@ def _with_data(run: RunConfig, context: ParallelContext) -> RunConfig:
         return run
 
     def prepare() -> str:
-        folder = _make_folder(run.output_dir)
+        folder = make_folder(run.output_dir)
         return prepare_default_data(folder / "data", load_tokenizer("bytes"), DEFAULT_CORPUS_BYTES)
 
     prefix = on_rank_0(context, prepare)
@@ -165,23 +176,12 @@ def _with_data(run: RunConfig, context: ParallelContext) -> RunConfig:
     return run.model_copy(update={"data": data})
 
 
-def _build_data(run: RunConfig, deepspeed: DeepSpeedConfig, context: ParallelContext) -> Data:
-    assert run.data.train is not None
-    every, steps = run.logging.validate_every_steps, run.schedule.num_steps
-    per_validation = run.logging.validation_steps * deepspeed.train_batch_size
-    train_set, validation_set = build_datasets(
-        run.data.train,
-        run.data.validation,
-        split=run.data.split,
-        seq_length=run.data.seq_length,
-        train_samples=steps * deepspeed.train_batch_size,
-        validation_samples=(steps // every + 1) * per_validation if every else 0,
-        seed=run.seed,
-    )
-
+def _build_data(
+    datasets: Datasets, run: RunConfig, deepspeed: DeepSpeedConfig, context: ParallelContext
+) -> Data:
     def check_ids() -> None:
-        for prefix in [*run.data.train, *(run.data.validation or [])]:
-            check_vocabulary(IndexedDataset(prefix), run.model.vocab_size)
+        for indexed in token_files(datasets):
+            check_vocabulary(indexed, run.model.vocab_size)
 
     on_rank_0(context, check_ids)
 
@@ -193,9 +193,11 @@ def _build_data(run: RunConfig, deepspeed: DeepSpeedConfig, context: ParallelCon
             context.dp_rank,
             context.dp_size,
             run.model.vocab_size,
+            run.data.mask_documents,
         )
 
-    return Data(loader(train_set), loader(validation_set) if validation_set is not None else None)
+    validation = loader(datasets.validation) if datasets.validation is not None else None
+    return Data(loader(datasets.train), validation)
 
 
 def on_rank_0(context: ParallelContext, action: Callable[[], Result]) -> Result:
@@ -204,42 +206,25 @@ def on_rank_0(context: ParallelContext, action: Callable[[], Result]) -> Result:
     if context.rank == 0:
         try:
             value = action()
-        except USER_ERRORS as error:
+        except Exception as error:
+            if not _is_of_the_user(error):
+                raise
             mistake = _in_words(error)
     value, mistake = gather((value, mistake))[0]
     if mistake is not None:
-        raise ValueError(mistake)
+        raise JobError(mistake)
     return value
 
 
+def _is_of_the_user(error: Exception) -> bool:
+    """Whether its reader can mend it. Our errors for people have names; a bare ValueError is a bug."""
+    return isinstance(error, USER_ERRORS) and type(error) is not ValueError
+
+
 def _in_words(error: Exception) -> str:
-    """Python's "[Errno 28] No space left on device: 'FILE'" is "FILE: No space left on device"."""
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
-
-
-def _make_folder(output_dir: str) -> Path:
-    """The run's folder, made if need be. Raises ValueError when nothing can be written there."""
-    folder = Path(output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
-            return folder
-    except OSError as error:
-        raise ValueError(
-            f"output_dir {output_dir} cannot be written: {error.strerror}: choose another"
-        ) from None
-
-
-def _write_configs(run: RunConfig, deepspeed: DeepSpeedConfig) -> None:
-    texts = {"config.yaml": dump_run(run), "deepspeed.json": json.dumps(deepspeed.raw, indent=2) + "\n"}
-    for name, text in texts.items():
-        path = Path(run.output_dir, name)
-        aside = path.with_name(f".{name}.tmp")
-        aside.unlink(missing_ok=True)
-        write_text_file(aside, text)
-        aside.replace(path)
+        return f"{error.filename}: {error.strerror}"  # without Python's number
+    return str(error) if _is_of_the_user(error) else f"{type(error).__name__}: {error}"
 
 
 def _say(text: str) -> None:

@@ -106,7 +106,7 @@ def test_an_unknown_key_in_a_file_names_the_file(tmp_path):
         ("output_dir=3", "output_dir is 3: expected text (put it in quotes)"),
         ("model.mlp_bias=1", "model.mlp_bias is 1: expected true or false"),
         ("model=3", "model is 3: expected a section"),
-        ("data.train=[a, b]", "2 prefixes given, expected exactly 1"),
+        ("data.train=[]", "no prefix given, expected at least 1"),
         ("data.split=1,2", "'1,2' is not three weights"),
         ("data.split=0,0,0", "is not three weights"),
         ("model.rope_scaling.factor=2", "model.rope_scaling.rope_type: expected a value"),

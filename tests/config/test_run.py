@@ -78,6 +78,14 @@ def test_one_prefix_may_be_given_without_a_list():
     assert DataConfig(train="a").train == ["a"]
 
 
+def test_weights_stand_between_prefixes_as_they_were_written():
+    run = load_run(None, ["data.train=[0.7, data/a, 30, data/b]"])
+    assert run.data.train == ["0.7", "data/a", "30", "data/b"]
+    assert DataConfig(train=run.data.train) == DataConfig(train=[0.7, "data/a", 30, "data/b"])
+    with pytest.raises(ConfigError, match="data.train"):
+        load_run(None, ["data.train=[true, a]"])
+
+
 def test_a_run_is_frozen():
     with pytest.raises(ValidationError):
         RunConfig().seed = 1

@@ -18,13 +18,13 @@ def sequences_of(dataset):
 
 
 def test_one_prefix_is_split_into_training_and_validation(prefixes):
-    train, validation = build_datasets(prefixes[:1], **PLAIN)
+    train, validation, _ = build_datasets(prefixes[:1], **PLAIN)
     assert isinstance(train, GPTDataset) and len(train) >= 6 and len(validation) >= 3
     assert sequences_of(train) <= set(range(8)) and sequences_of(validation) <= {8, 9}
 
 
 def test_own_validation_files_are_used_whole(prefixes):
-    train, validation = build_datasets(
+    train, validation, _ = build_datasets(
         prefixes[:1], prefixes[1:], **{**PLAIN, "split": "nonsense is not read"}
     )
     assert train.bounds == validation.bounds == (0, 10)
@@ -43,19 +43,19 @@ def test_a_split_without_validation_is_refused_when_samples_are_wanted(prefixes)
 
 
 def test_weights_blend_datasets_of_exactly_their_targets(prefixes):
-    train, validation = build_datasets(["3", prefixes[0], "1", prefixes[1]], **PLAIN)
+    train, validation, _ = build_datasets(["3", prefixes[0], "1", prefixes[1]], **PLAIN)
     assert isinstance(train, BlendedDataset) and len(train) == 5 + 2 and len(validation) == 3 + 1
     assert [indexed.prefix for indexed in train.indexed_datasets] == prefixes
 
 
 def test_without_weights_each_dataset_gives_one_epoch_at_most(prefixes):
-    train, _ = build_datasets(prefixes, **{**PLAIN, "train_samples": 1000, "validation_samples": 0})
+    train, *_ = build_datasets(prefixes, **{**PLAIN, "train_samples": 1000, "validation_samples": 0})
     assert len(train) == 2 * ((8 * 5 - 1) // 4)
 
 
 def test_a_lone_weight_matters_only_where_megatron_blends_it(prefixes):
-    blended, _ = build_datasets(["1", prefixes[0]], **PLAIN)
-    plain, _ = build_datasets(["1", prefixes[0]], prefixes[1:], **PLAIN)
+    blended, *_ = build_datasets(["1", prefixes[0]], **PLAIN)
+    plain, *_ = build_datasets(["1", prefixes[0]], prefixes[1:], **PLAIN)
     assert isinstance(blended, BlendedDataset) and isinstance(plain, GPTDataset)
 
 

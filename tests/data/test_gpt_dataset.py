@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalite.data.error import DataError
-from megalite.data.gpt_dataset import GPTDataset, build_sample_index, split_sequences
+from megalite.data.gpt_dataset import GPTDataset, build_sample_index, plan_epochs, split_sequences
 
 
 def test_golden_one_shuffle_over_three_epochs(golden):
@@ -48,7 +48,8 @@ def test_another_seed_gives_another_order(golden):
 def test_samples_are_the_shuffled_stream_cut_at_multiples_of_seq_length(
     lengths, seq_length, num_samples, seed
 ):
-    index = build_sample_index(np.array(lengths, np.int32), (0, len(lengths)), seq_length, num_samples, seed)
+    epochs = plan_epochs(sum(lengths), seq_length, num_samples)
+    index = build_sample_index(np.array(lengths, np.int32), (0, len(lengths)), seq_length, epochs, seed)
     stream = [(d, t) for d, document in enumerate(index.documents) for t in range(lengths[document])]
     assert len(index.shuffle) == (len(stream) - 1) // seq_length >= (num_samples or 0)
     assert sorted(index.shuffle.tolist()) == list(range(len(index.shuffle)))
@@ -56,11 +57,38 @@ def test_samples_are_the_shuffled_stream_cut_at_multiples_of_seq_length(
     assert starts[1:] == stream[seq_length::seq_length][: len(starts) - 1] and starts[0] == (0, 0)
 
 
+def test_streams_of_more_tokens_than_32_bits_can_count_are_cut_right():
+    length, seq_length = 2**31 - 1, 2**24 + 1
+    index = build_sample_index(np.full(6, length, np.int32), (0, 6), seq_length, (2,), seed=3)
+    assert len(index.shuffle) == (12 * length - 1) // seq_length > 1000
+    assert [tuple(row) for row in index.samples.tolist()] == [
+        divmod(j * seq_length, length) for j in range(len(index.samples))
+    ]
+
+
+def test_sequences_beyond_32_bits_keep_their_numbers():
+    lengths = np.broadcast_to(np.array(5, np.int32), (2**31 + 3,))  # one number in memory
+    index = build_sample_index(lengths, (2**31 - 1, 2**31 + 3), 4, (1,), seed=3)
+    assert index.documents.dtype == np.int64
+    assert sorted(index.documents.tolist()) == list(range(2**31 - 1, 2**31 + 3))
+
+
 def test_one_epoch_shows_each_token_but_the_tail_once(write_dataset):
     indexed = write_dataset([range(1, 8), [], range(8, 21)])
     dataset = GPTDataset(indexed, 3, None, seed=7)
     inputs = sorted(token for i in range(len(dataset)) for token in dataset[i][:-1].tolist())
     assert len(inputs) == len(set(inputs)) == 18
+
+
+def test_document_starts_say_where_each_tokens_sequence_begins_in_the_sample(write_dataset):
+    """Ids tell their place in their sequence, so the start of each is known without the index."""
+    dataset = GPTDataset(write_dataset([range(3), range(5), [], [0], range(7), range(30)]), 8, 40, seed=2)
+    counts = set()
+    for position in range(len(dataset)):
+        starts = dataset.document_starts(position)
+        assert starts.tolist() == np.maximum(np.arange(8) - dataset[position][:-1], 0).tolist()
+        counts.add(len(set(starts.tolist())))
+    assert counts >= {1, 2, 3} and starts.dtype == np.int64
 
 
 def test_bounds_keep_other_sequences_out(golden):

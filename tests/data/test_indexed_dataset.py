@@ -156,4 +156,4 @@ def test_checks_run_over_block_borders(tmp_path, monkeypatch):
 def test_the_fingerprint_follows_the_content_and_not_the_path(tmp_path, write_dataset):
     first, same = write_dataset([[1, 2], [3]], "first"), write_dataset([[1, 2], [3]], "same")
     other = write_dataset([[1], [2, 3]], "other")
-    assert first.fingerprint() == same.fingerprint() != other.fingerprint()
+    assert first.fingerprint == same.fingerprint != other.fingerprint

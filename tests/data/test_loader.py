@@ -20,6 +20,9 @@ class Counting:
     def __getitem__(self, position):
         return np.arange(10 * position, 10 * position + 4, dtype=np.int64)
 
+    def document_starts(self, position):
+        return np.array([0, 0, position], dtype=np.int64)
+
 
 def positions(loader, consumed):
     return [int(row[0]) // 10 for inputs, _ in loader.batch(consumed) for row in inputs]
@@ -29,6 +32,14 @@ def test_labels_are_the_inputs_one_token_on():
     [(inputs, labels)] = BatchLoader(Counting(8), 4, 1, 1, 2, 1000).batch(4)
     assert inputs.tolist() == [[60, 61, 62], [70, 71, 72]] and labels.tolist() == [[61, 62, 63], [71, 72, 73]]
     assert inputs.dtype == labels.dtype == torch.int64
+
+
+def test_document_starts_come_with_their_samples_when_they_are_wanted():
+    loader = BatchLoader(Counting(8), 4, 2, 0, 1, 1000, mask_documents=True)
+    assert [starts.tolist() for _, _, starts in loader.batch(4)] == [
+        [[0, 0, 4], [0, 0, 5]],
+        [[0, 0, 6], [0, 0, 7]],
+    ]
 
 
 @pytest.mark.parametrize("dp_size, num_micro_batches", DIVISIONS)

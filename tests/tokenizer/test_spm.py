@@ -89,3 +89,22 @@ def test_models_without_an_exact_form_encode_but_are_not_converted(train, tmp_pa
     assert tokenizer.decode(tokenizer.encode("a b")) == "a b" and tokenizer.fingerprint()
     with pytest.raises(TokenizerError, match="only BPE models that keep text as it is"):
         tokenizer.save(tmp_path / "out")
+
+
+def test_a_converted_unigram_model_differs_from_sentencepiece_in_few_texts_and_in_none_of_its_pieces(
+    train, text, tmp_path
+):
+    model = train("unigram")
+    ours, theirs = spm.convert_unigram(model), sentencepiece.SentencePieceProcessor(model_file=str(model))
+    lines = [line for line in text.splitlines() if line.strip()][:1000]
+    different = 0
+    for line, ids in zip(lines, ours.encode_batch(lines), strict=True):
+        other = theirs.encode(line)
+        different += ids != other
+        assert ours.decode(ids) == line and len(ids) <= len(other) + 1
+    assert different < 0.05 * len(lines)
+    assert [ours.token_to_id(theirs.IdToPiece(index)) for index in range(500)] == list(range(500))
+    with pytest.raises(TokenizerError, match="only unigram models that keep text as it is"):
+        spm.convert_unigram(train("bpe"))
+    with pytest.raises(TokenizerError, match="only unigram models that keep text as it is"):
+        spm.convert_unigram(train("unigram", normalization_rule_name="nmt_nfkc"))

@@ -122,3 +122,12 @@ def test_what_is_no_tokenizer_is_refused_in_one_line(tmp_path):
         with pytest.raises(TokenizerError, match=message) as caught:
             load_tokenizer(tmp_path / name)
         assert "\n" not in str(caught.value)
+
+
+def test_a_config_of_another_tokenizer_is_refused(folder):
+    edit_config(folder, added_tokens_decoder={"256": {"content": "<|endoftext|>"}})
+    assert load_tokenizer(folder).eos_token_id == 256
+    for index, content in (("255", "<|endoftext|>"), ("256", "</s>"), ("256", None)):
+        edit_config(folder, added_tokens_decoder={index: {"content": content}})
+        with pytest.raises(TokenizerError, match=f"with id {index} as in tokenizer_config.json, found id"):
+            load_tokenizer(folder)

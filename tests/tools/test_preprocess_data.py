@@ -1,11 +1,17 @@
+import gzip
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
+from megalite.data import sources
 from megalite.data.indexed_dataset import IndexedDataset
 from megalite.data.indexed_writer import INT32
 from tools import preprocess_data
@@ -47,8 +53,7 @@ def test_documents_keep_their_order_and_empty_ones_stay(tmp_path, capsys):
 
 def test_workers_and_chunks_do_not_change_a_byte(tmp_path, monkeypatch):
     source = write_lines(tmp_path / "a.jsonl", [{"text": f"{i} " * (i % 50)} for i in range(400)])
-    split = preprocess_data.split_files
-    monkeypatch.setattr(preprocess_data, "split_files", lambda paths: split(paths, chunk_bytes=700))
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 700)
     written = []
     for workers in ("1", "3"):
         assert run(tmp_path, source, more=["--workers", workers, "--append-eod"]) == 0
@@ -75,8 +80,7 @@ def test_bad_records_are_named_by_file_and_line(tmp_path, capsys, monkeypatch):
     source.write_text(
         '{"text": "a"}\n{"text": "b"}\n{"text": 3}\nnonsense\n{"text": "c"}\n', encoding="utf-8"
     )
-    split = preprocess_data.split_files
-    monkeypatch.setattr(preprocess_data, "split_files", lambda paths: split(paths, chunk_bytes=16))
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 16)
     assert "a.jsonl line 3: key 'text': expected text, found int (more than --max-bad" in refused(
         tmp_path, capsys, source
     )
@@ -92,6 +96,8 @@ def test_bad_records_are_named_by_file_and_line(tmp_path, capsys, monkeypatch):
         (["--tokenizer", "nowhere"], "nowhere: no such file or folder"),
         (["--eos-token", "</s>", "--tokenizer", "TOKENIZER"], "eos token '</s>' is not in the vocabulary"),
         (["--workers", "0"], "--workers: expected at least 1, found 0"),
+        (["--max-bad-records", "-1"], "--max-bad-records: expected at least 0, found -1"),
+        (["--max-record-mib", "0"], "--max-record-mib: expected at least 1, found 0"),
         (["--vocab-size", "0"], "--vocab-size: expected at least 1, found 0"),
         (["--vocab-size", "99"], "a.jsonl line 1: token id: expected 0 to 98, found 120"),
         (["--json-key", "body"], "a.jsonl line 1: no key 'body'; keys are 'text'"),
@@ -109,20 +115,73 @@ def test_wrong_arguments_are_one_line(tmp_path, capsys, more, message):
 def test_wrong_inputs_are_one_line(tmp_path, capsys):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "empty.jsonl").touch()
-    assert "nowhere.jsonl: input: expected a file, found nothing" in refused(
-        tmp_path, capsys, tmp_path / "nowhere.jsonl"
+    for name, message in (
+        ("nowhere.jsonl", "nowhere.jsonl: input: expected a file or a folder, found nothing"),
+        ("latin.txt", "latin.txt document 1: not UTF-8 at byte 3 (more than --max-bad-records 0"),
+        ("empty.jsonl", "p_text_document: no tokens in 1 inputs"),
+    ):
+        assert message in refused(tmp_path, capsys, tmp_path / name)
+
+
+def test_each_key_makes_a_dataset_of_its_own(tmp_path, capsys):
+    source = write_lines(tmp_path / "a.jsonl", [{"q": "x", "a": "yz"}, {"q": "x"}, {"q": "", "a": "w"}])
+    assert run(tmp_path, source, more=["--json-key", "q", "a", "--max-bad-records", "1"]) == 0
+    assert documents(tmp_path, "p_q_document") == [b"x", b""]
+    assert documents(tmp_path, "p_a_document") == [b"yz", b"w"]
+    assert capsys.readouterr().out.count("2 documents") == 2
+
+
+def test_inputs_of_all_kinds_are_joined_in_their_order(tmp_path):
+    a = write_lines(tmp_path / "a.jsonl", [{"text": "plain"}])
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(a.read_bytes().replace(b"plain", b"gzip")))
+    parquet.write_table(pyarrow.table({"text": ["row 1", "row 2"]}), tmp_path / "c.parquet")
+    (tmp_path / "d").mkdir()
+    write_lines(tmp_path / "d" / "train.jsonl", [{"text": "folder"}])
+    (tmp_path / "e.txt").write_text("text", encoding="utf-8")
+    inputs = [tmp_path / name for name in ("e.txt", "d", "c.parquet", "b.jsonl.gz", "a.jsonl")]
+    for workers in ("1", "2"):
+        assert run(tmp_path, *inputs, more=["--workers", workers]) == 0
+        assert documents(tmp_path) == [b"text", b"folder", b"row 1", b"row 2", b"gzip", b"plain"]
+
+
+def test_a_missing_column_is_found_before_anything_is_encoded(tmp_path, capsys):
+    good = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
+    parquet.write_table(pyarrow.table({"body": ["x"]}), tmp_path / "b.parquet")
+    assert "b.parquet: no column 'text'; columns are 'body'" in refused(
+        tmp_path, capsys, good, tmp_path / "b.parquet"
     )
-    assert "latin.txt: text: expected UTF-8" in refused(tmp_path, capsys, tmp_path / "latin.txt")
-    assert "no tokens in 1 input files" in refused(tmp_path, capsys, tmp_path / "empty.jsonl")
+
+
+def start(tmp_path, source):
+    command = [sys.executable, "tools/preprocess_data.py", "--tokenizer", "bytes", "--workers", "2"]
+    command += ["--input", str(source), "--output-prefix", str(tmp_path / "out" / "p")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def test_the_command_runs_as_a_script_and_shows_progress(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [{"text": "x"}])
-    command = [sys.executable, "tools/preprocess_data.py", "--tokenizer", "bytes", "--workers", "2"]
-    command += ["--input", str(source), "--output-prefix", str(tmp_path / "p")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    assert "tokens/s" in done.stderr and "B/s" in done.stderr and "1 documents" in done.stdout
+    out, err = (process := start(tmp_path, source)).communicate(timeout=120)
+    assert process.returncode == 0 and "Traceback" not in err, err
+    assert "tokens/s" in err and "B/s" in err and "1 documents" in out
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_run_leaves_nothing_that_looks_finished_and_the_next_says_so(tmp_path, capsys, how):
+    source = write_lines(tmp_path / "a.jsonl", [{"text": "x" * 2000}] * 20_000)
+    process = start(tmp_path, source)
+    deadline = time.monotonic() + 60
+    while not (written := list((tmp_path / "out").glob(".p*.bin"))) or not written[0].stat().st_size:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(how)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and "Traceback" not in err, err
+    assert list((tmp_path / "out").glob("p*")) == []
+    small = write_lines(tmp_path / "b.jsonl", [{"text": "y"}])
+    assert run(tmp_path, small) == 0 and documents(tmp_path) == [b"y"]
+    again = "this run starts from the beginning" in capsys.readouterr().err
+    assert again == (how == signal.SIGKILL)
+    if how == signal.SIGINT:
+        assert "interrupted: nothing was written, a new run starts from the beginning" in err

@@ -1,0 +1,139 @@
+"""Index arrays kept on disk, found again by what they were made from.
+
+    FOLDER/KEY/         KEY: SHA-256 of what decides the arrays, as canonical JSON; no path, so data may move
+        NAME.raw        one per array: its elements in row-major order
+        manifest.json   what the arrays were made from; shape, dtype and SHA-256 of each
+
+An entry is complete or absent: written aside, synced, renamed. It is verified each time it is read; one that
+fails is built again, with a warning. Builders may race, on one node or many: all make the same arrays, the
+first to rename publishes, the others use what it published. Nobody waits for anybody.
+"""
+
+import hashlib
+import json
+import shutil
+import uuid
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megalite.data.error import DataError
+from megalite.data.indexed_writer import sync_and_close, sync_folder
+from megalite.data.token_file import open_bytes
+
+VERSION = 1  # of the arrays as well: another order of samples must not find the former one
+MANIFEST = "manifest.json"
+
+Arrays = dict[str, np.ndarray]
+
+
+class IndexCache:
+    """The entries of one folder, which is made when needed. Where it cannot be written, nothing is kept.
+
+    Counted are what `get` found (num_found), had to build (num_built), and of that kept (num_kept).
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.num_found = self.num_built = self.num_kept = 0
+
+    def get(self, made_from: Mapping[str, Any], build: Callable[[], Arrays]) -> Arrays:
+        """The arrays that `build` makes, mapped from disk where they are kept.
+
+        made_from: all that decides the arrays, JSON-able.
+        """
+        made_from = {"version": VERSION, **made_from}
+        entry = self.folder / hashlib.sha256(_canonical(made_from).encode()).hexdigest()
+        arrays = self._find(entry, made_from)
+        if arrays is not None:
+            self.num_found += 1
+            return arrays
+        self.num_built += 1
+        return self._keep(entry, made_from, build())
+
+    def _find(self, entry: Path, made_from: dict[str, Any]) -> Arrays | None:
+        try:
+            return _read(entry, made_from) if entry.exists() else None
+        except DataError as error:
+            _warn(f"{error}: built again")
+            return None
+
+    def _keep(self, entry: Path, made_from: dict[str, Any], arrays: Arrays) -> Arrays:
+        """Publish an entry; returns it mapped, or the arrays as they are when that fails."""
+        aside = entry.with_name(f".{entry.name}.{uuid.uuid4().hex[:8]}.tmp")
+        try:
+            aside.mkdir(parents=True)
+            _write(aside, made_from, arrays)
+            _publish(aside, entry, made_from)
+            kept = _read(entry, made_from)
+            self.num_kept += 1
+            return kept
+        except (OSError, DataError) as error:
+            _warn(f"{self.folder}: index cache: {error}: the index is kept in memory only")
+            return arrays
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _publish(aside: Path, entry: Path, made_from: dict[str, Any]) -> None:
+    """Give a complete entry its name. What bears it already is a faster builder's, or damaged."""
+    try:
+        aside.rename(entry)
+    except OSError:
+        if not entry.exists():
+            raise
+        try:
+            _read(entry, made_from)
+        except DataError:
+            damaged = entry.rename(aside.with_suffix(".damaged.tmp"))
+            shutil.rmtree(damaged, ignore_errors=True)
+            aside.rename(entry)
+    sync_folder(entry.parent)
+
+
+def _write(folder: Path, made_from: dict[str, Any], arrays: Arrays) -> None:
+    facts = {}
+    for name, array in arrays.items():
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        _write_file(folder / f"{name}.raw", data)
+        digest = hashlib.sha256(data).hexdigest()
+        facts[name] = {"shape": list(array.shape), "dtype": array.dtype.str, "sha256": digest}
+    manifest = {"made_from": made_from, "arrays": facts}
+    _write_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    sync_folder(folder)
+
+
+def _write_file(path: Path, data: bytes | memoryview) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        sync_and_close(file)
+
+
+def _read(entry: Path, made_from: dict[str, Any]) -> Arrays:
+    """The arrays of an entry; DataError when anything about it is not as it was written."""
+    try:
+        manifest = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
+        if _canonical(manifest["made_from"]) != _canonical(made_from):
+            raise DataError(f"{MANIFEST} describes other data")
+        return {name: _read_array(entry / f"{name}.raw", facts) for name, facts in manifest["arrays"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(f"{entry}: index cache: expected an intact entry, found: {error}") from error
+
+
+def _read_array(path: Path, facts: dict[str, Any]) -> np.ndarray:
+    data = open_bytes(path)
+    digest = hashlib.sha256(data.data).hexdigest()
+    if digest != facts["sha256"]:
+        raise DataError(f"{path.name} with SHA-256 {digest}, expected {facts['sha256']}")
+    return data.view(facts["dtype"]).reshape(facts["shape"])
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=5)

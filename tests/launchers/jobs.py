@@ -1,0 +1,123 @@
+"""Real commands in processes of their own, watched, and ended with all that they started."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import psutil
+import torch
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+PRETRAIN = str(ROOT / "launchers" / "pretrain.py")
+LAUNCHER_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+MARK = "MEGALITE_TEST_JOB"
+
+
+class Ended(NamedTuple):
+    """How a job ended; `errors` are the lines on stderr that say so."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+    @property
+    def errors(self) -> list[str]:
+        return [line for line in self.stderr.splitlines() if line.startswith("error: ")]
+
+
+class Job:
+    """A command and all processes below it, in `with Job(...) as job:`; what is left at the end is killed."""
+
+    def __init__(self, command: list[str], folder: Path, **environment: str) -> None:
+        """Start in `folder`, which also receives the output of the command."""
+        self.mark = uuid.uuid4().hex
+        self.logs = [folder / f"{self.mark}.{name}" for name in ("stdout", "stderr")]
+        with self.logs[0].open("w") as stdout, self.logs[1].open("w") as stderr:
+            self.process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=user_environment() | environment | {MARK: self.mark},
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+            )
+
+    def wait(self, seconds: float) -> Ended:
+        """The end of the command, which must come in so many seconds."""
+        returncode = self.process.wait(seconds)
+        return Ended(returncode, *(log.read_text() for log in self.logs))
+
+    def kill_rank(self, rank: int) -> int:
+        """End a rank as `kill -9` does; returns its process id."""
+        ranks = [p for p in self.processes() if _environment(p).get("RANK") == str(rank)]
+        oldest = min(ranks, key=lambda process: process.create_time())  # others were forked by it
+        oldest.send_signal(signal.SIGKILL)
+        return oldest.pid
+
+    def processes(self) -> list[psutil.Process]:
+        """Processes of this job that still run, grandchildren and orphans included."""
+        return [process for process in psutil.process_iter() if _environment(process).get(MARK) == self.mark]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process in self.processes():
+            process.kill()
+        self.process.wait()
+        if error is not None:
+            print(*(log.read_text() for log in self.logs), sep="\n")  # pytest shows it with the failure
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ()
+    except psutil.Error:  # it has just ended, or is another user's
+        return {}
+
+
+def user_environment() -> dict[str, str]:
+    """What a user's shell has: this environment, nothing of a launcher, one thread a process."""
+    names = {name: value for name, value in os.environ.items() if name not in LAUNCHER_NAMES}
+    cpu = {"DS_ACCELERATOR": "cpu"} if torch.cuda.is_available() else {}  # else it is for us to find out
+    return names | cpu | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def deepspeed(num_ranks: int, *arguments: str) -> list[str]:
+    """The project's main command, on a free port."""
+    port = str(free_port())
+    return ["deepspeed", "--num_gpus", str(num_ranks), "--master_port", port, PRETRAIN, *arguments]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The whole rows of metrics.jsonl."""
+    file = run_dir / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def wait_for(condition: Callable[[], Any], seconds: float, job: Job) -> None:
+    """Wait until something is so, while the job runs."""
+    give_up_at = time.monotonic() + seconds
+    while not condition():
+        assert job.process.poll() is None, f"the job ended before: {job.wait(1)}"
+        assert time.monotonic() < give_up_at, f"not so after {seconds} seconds: {job.logs[1].read_text()}"
+        time.sleep(0.02)

@@ -1,0 +1,111 @@
+"""The training command, as a user gives it, from start to end."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from launchers import pretrain
+from megalite.checkpoint.load import find_checkpoint, read_state
+from megalite.config.load import load_run
+from tests.launchers.conftest import NUM_STEPS, ZERO3, Finished
+from tests.launchers.jobs import BIN, PRETRAIN, Job, free_port, read_rows, wait_for
+
+SMALL = ["schedule.num_steps=2", "logging.validate_every_steps=0", "logging.tensorboard=false"]
+
+
+def test_four_ranks_train_to_the_end(uninterrupted: Finished):
+    end = uninterrupted.end
+    assert (end.returncode, end.errors) == (0, [])
+    assert "4 ranks = tensor 2 x pipeline 2 x data 1" in end.stdout
+    assert end.stdout.count("trained 8 steps") == 1  # one rank reports
+    assert f"step {NUM_STEPS}/{NUM_STEPS} | loss " in end.stderr
+    assert "Traceback" not in end.stderr and "Warning" not in end.stderr
+
+
+def test_every_step_has_one_row_with_all_of_its_numbers(uninterrupted: Finished):
+    rows = read_rows(uninterrupted.folder)
+    assert [row["step"] for row in rows] == list(range(1, NUM_STEPS + 1))
+    for row in rows:
+        assert {"loss", "grad_norm", "learning_rate", "step_seconds", "tokens_per_second", "mfu"} < row.keys()
+        assert all(math.isfinite(value) for value in row.values())
+        assert row["consumed_samples"] == 16 * row["step"]
+        assert row["consumed_tokens"] == 16 * 128 * row["step"]
+        assert row["tokens_per_second"] == pytest.approx(16 * 128 / row["step_seconds"])
+    assert [row["step"] for row in rows if "validation_loss" in row] == [4, 8]
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
+
+
+def test_the_folder_says_what_the_run_was(uninterrupted: Finished, tmp_path: Path):
+    folder = uninterrupted.folder
+    _, _, *overrides = uninterrupted.arguments
+    run = load_run(str(folder / "config.yaml"))
+    assert run == load_run(None, [*overrides, f"output_dir={folder}"])
+    assert run != load_run(None, overrides)
+    assert json.loads((folder / "deepspeed.json").read_text()) == json.loads(Path(ZERO3).read_text())
+    assert not [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".partial"))]
+
+
+def test_tensorboard_shows_the_rows(uninterrupted: Finished):
+    events = EventAccumulator(str(uninterrupted.folder / "tensorboard"))
+    events.Reload()
+    shown = [event.value for event in events.Scalars("loss/train")]
+    assert shown == pytest.approx([row["loss"] for row in read_rows(uninterrupted.folder)])
+
+
+def test_the_newest_two_checkpoints_are_there_and_whole(uninterrupted: Finished):
+    root = uninterrupted.folder / "checkpoints"
+    assert sorted(path.name for path in root.iterdir()) == ["step-00000006", "step-00000008"]
+    newest = find_checkpoint(root)
+    assert newest is not None and read_state(newest)["consumed_samples"] == 16 * NUM_STEPS
+
+
+def test_a_lock_left_by_a_killed_compile_stops_nothing(uninterrupted: Finished, extensions: Path):
+    assert uninterrupted.end.returncode == 0
+    assert [path.name for path in extensions.rglob("*")] == ["deepspeed_shm_comm", "lock"]
+
+
+def test_without_our_guard_that_lock_would_stop_deepspeed(extensions: Path, tmp_path: Path):
+    program = (
+        "import faulthandler; faulthandler.dump_traceback_later(1, repeat=True);"
+        "import deepspeed; deepspeed.init_distributed('gloo', verbose=False); print('started')"
+    )
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    alone |= {"MASTER_PORT": str(free_port()), "TORCH_EXTENSIONS_DIR": str(extensions)}
+    with Job([sys.executable, "-c", program], tmp_path, DS_ACCELERATOR="cpu", **alone) as job:
+        waits = lambda: "file_baton.py" in job.logs[1].read_text()  # noqa: E731
+        wait_for(waits, 60, job)
+        assert "started" not in job.logs[0].read_text()
+
+
+def test_a_bare_command_trains_in_one_process_on_default_data_in_the_default_folder(tmp_path: Path):
+    command = [sys.executable, PRETRAIN, "--deepspeed_config", ZERO3, "--config"]
+    with Job([*command, *SMALL], tmp_path) as job:
+        end = job.wait(240)
+    assert (end.returncode, end.errors) == (0, [])
+    folder = tmp_path / "runs/default"
+    assert [row["step"] for row in read_rows(folder)] == [1, 2]
+    data = load_run(str(folder / "config.yaml")).data
+    assert data.train == ["runs/default/data/python_stdlib_text_document"] and data.tokenizer == "bytes"
+
+
+def test_torchrun_starts_it_as_well(prefix: str, uninterrupted: Finished, tmp_path: Path):
+    torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())]
+    arguments = ["--deepspeed_config", ZERO3, f"data.train={prefix}", "parallel.tp_size=2"]
+    with Job([*torchrun, PRETRAIN, *arguments, *SMALL, "output_dir=run"], tmp_path) as job:
+        end = job.wait(240)
+    assert (end.returncode, end.errors) == (0, [])
+    loss, expected = (read_rows(folder)[0]["loss"] for folder in (tmp_path / "run", uninterrupted.folder))
+    assert loss == pytest.approx(expected, rel=1e-5)  # every layout is the same run
+
+
+def test_help_shows_how_to_begin(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as left:
+        pretrain.main(["--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("--deepspeed_config", "--config", "parallel.tp_size=2"))
+    assert "local_rank" not in shown

@@ -1,0 +1,186 @@
+"""What the pages tell a reader to type works, what they point to exists, and the example runs."""
+
+import argparse
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.harness import run_distributed
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PRETRAIN = "launchers/pretrain.py --deepspeed_config configs/deepspeed/zero3.json"
+SLURM_DEFAULTS = ["--deepspeed_config", "configs/deepspeed/pretrain_460m.json"]
+SLURM_DEFAULTS += ["--config", "configs/runs/pretrain_460m.yaml"]
+
+
+class ParsedError(Exception):
+    """A command line that its own parser accepted."""
+
+
+class PageError(ValueError):
+    """A command that a reader could not run."""
+
+
+def code_blocks(text: str) -> Iterator[str]:
+    """Fenced blocks, and indented ones."""
+    yield from re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, flags=re.M | re.S)
+    yield from re.findall(r"(?:^ {4}\S.*\n(?: {5,}.*\n)*)+", text, flags=re.M)
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of every command of ours in a page's blocks of code."""
+    lines = [line for block in code_blocks(text) for line in block.replace("\\\n", " ").splitlines()]
+    split = [shlex.split(line, comments=True) for line in lines if "'" not in line.split("#")[0]]
+    return [words for words in split if words and (words[0] in CHECKS or words[0].startswith("slurm/"))]
+
+
+def check_make(words: list[str]) -> None:
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M)
+    for target in (word for word in words[1:] if "=" not in word):
+        if target not in targets:
+            raise PageError(f"make has no target {target}")
+
+
+def check_python(words: list[str]) -> None:
+    """The script's own parser must accept the options. Nothing is run."""
+    if words[1].startswith("-"):
+        return
+    script = existing(words[1])
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self: argparse.ArgumentParser, *args: Any) -> None:
+        parse(self, *args)
+        raise ParsedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        try:
+            module.main(words[2:])
+        except ParsedError:
+            return
+        except SystemExit as stop:
+            raise PageError(f"{script.name} does not take {words[2:]}") from stop
+    raise AssertionError(f"{script.name} parsed nothing")
+
+
+def check_deepspeed(words: list[str]) -> None:
+    """The launcher's parser, then the run's: every file, key and value, and the layout on so many ranks."""
+    from deepspeed.launcher.runner import parse_args
+
+    launch = parse_args(words[1:])
+    existing(launch.user_script)
+    check_run(launch.user_args, launch.num_gpus if launch.num_gpus > 0 else 16)
+
+
+def check_sbatch(words: list[str]) -> None:
+    script = next(index for index, word in enumerate(words) if word.endswith(".sh"))
+    existing(words[script])
+    check_run(SLURM_DEFAULTS + words[script + 1 :], 16)
+
+
+def check_run(arguments: list[str], world_size: int) -> None:
+    from launchers.pretrain import configure
+
+    if any(word.isupper() or word.startswith("runs/mine") for word in arguments):
+        return  # a placeholder
+    configure(arguments, world_size)
+
+
+CHECKS = {
+    "make": check_make,
+    "python": check_python,
+    "deepspeed": check_deepspeed,
+    "sbatch": check_sbatch,
+}
+
+
+def check(words: list[str]) -> None:
+    CHECKS.get(words[0], check_sbatch)(words)
+
+
+def existing(path: str) -> Path:
+    if not (ROOT / path).exists():
+        raise PageError(f"{path} does not exist")
+    return ROOT / path
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_accepted(page, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for words in commands(page.read_text(encoding="utf-8")):
+        check(words)
+
+
+def test_the_readme_shows_every_kind_of_command():
+    assert {words[0] for words in commands(README)} == CHECKS.keys()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "make coffee",
+        "python tools/absent.py",
+        "python tools/generate.py --checkpoint x --prompt y --absent",
+        f"deepspeed --absent {PRETRAIN}",
+        "deepspeed launchers/pretrain.py --deepspeed_config configs/deepspeed/absent.json",
+        f"deepspeed --num_gpus 4 {PRETRAIN} parallel.tp=2",
+        f"deepspeed --num_gpus 3 {PRETRAIN} parallel.tp_size=2",
+        "sbatch slurm/absent.sh",
+        "sbatch slurm/pretrain_460m.sh schedule.steps=10",
+    ],
+)
+def test_a_wrong_command_is_noticed(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises((ValueError, SystemExit)):
+        check(shlex.split(command))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_points_to_exists(page):
+    links = re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert missing == []
+
+
+def test_the_paths_that_the_readme_names_exist():
+    named = re.findall(r"`((?:tests|tools|docs|configs|slurm|megalite)/[\w/.]+)`", README)
+    tree = re.search(r"## The tree\s+```\n(.*?)```", README, flags=re.S)[1]
+    named += [line.split()[0] for line in tree.splitlines()]
+    assert len(named) > 15
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+def test_pictures_are_small():
+    for picture in (ROOT / "docs" / "images").iterdir():
+        assert picture.name in README and picture.stat().st_size < 200_000
+
+
+def run_example(rank: int) -> tuple[float, int, torch.Tensor]:
+    """(loss, number of pieces, gradient) of the example on this rank."""
+    code = re.search(r"```python\n(.*?)```", README, flags=re.S)[1]
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(code, names)
+    weight = names["layer"].up.weight
+    return names["loss"].item(), weight.spec.num_pieces, weight.grad
+
+
+def test_the_example_gives_the_same_loss_and_gradients_on_one_and_two_processes():
+    [(loss, pieces, gradient)] = run_distributed(run_example, 1)
+    assert pieces == 1 and loss > 0
+    on_two = run_distributed(run_example, 2)
+    assert [pieces for _, pieces, _ in on_two] == [2, 2]
+    assert [loss for loss, _, _ in on_two] == pytest.approx([loss, loss], rel=1e-5)
+    torch.testing.assert_close(torch.cat([part for _, _, part in on_two]), gradient, rtol=1e-4, atol=1e-9)
+    assert not torch.allclose(on_two[0][2], on_two[1][2])

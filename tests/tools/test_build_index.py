@@ -1,0 +1,62 @@
+import json
+
+import numpy as np
+import pytest
+
+from megalite.config.load import load_run
+from megalite.data.indexed_writer import IndexedDatasetWriter
+from megalite.training.samples import build_samples, open_cache
+from tools.build_index import main
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    """The command line of a small blended run."""
+    for name, length in {"a": 10, "b": 20}.items():
+        with IndexedDatasetWriter(tmp_path / name) as writer:
+            writer.add_documents(np.arange(50 * length) % 250, np.full(50, length))
+    config = {"train_batch_size": 2, "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    data = f"data.train=[3, {tmp_path}/a, 1, {tmp_path}/b]"
+    return ["--deepspeed_config", f"{tmp_path}/ds.json", data, "data.seq_length=8", "schedule.num_steps=20"]
+
+
+def test_a_run_finds_what_was_built_ahead(arguments, tmp_path, capsys):
+    assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "train: 40 samples, 2 files" in said and f"{tmp_path}/cache: 6 indices built, 0 found" in said
+    run = load_run(None, arguments[2:])
+    cache = open_cache(run)
+    build_samples(run, 2, cache)
+    assert (cache.num_found, cache.num_built) == (6, 0)
+    assert main(arguments) == 0
+    assert "0 indices built, 6 found" in capsys.readouterr().out
+
+
+def test_what_is_damaged_is_told_and_mended(arguments, tmp_path, capsys):
+    main(arguments)
+    next(tmp_path.glob("cache/*/shuffle.raw")).write_bytes(b"damaged")
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    assert "warning: " in said.err and "built again" in said.err and "1 indices built, 5 found" in said.out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.train=nowhere", "nowhere.idx: file: expected it to exist"),
+        ("data.train=null", "data.train is null"),
+        ("data.trian=x", "did you mean 'data.train'?"),
+        ("data.split='0,1,1'", "leaves nothing for train"),
+        ("data.cache_dir=/proc/none", "/proc/none: cannot be written: name another folder"),
+    ],
+)
+def test_a_users_mistake_is_one_line(arguments, capsys, change, message):
+    assert main([*arguments, change]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_help_says_what_to_do(capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["--help"])
+    assert left.value.code == 0 and "data.cache_dir" in capsys.readouterr().out

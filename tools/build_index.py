@@ -1,0 +1,66 @@
+"""Build the shuffled indices of a run ahead of it, on one process and without a GPU, as on a login node.
+
+    python tools/build_index.py --deepspeed_config configs/deepspeed/pretrain_460m.json \\
+        --config configs/runs/pretrain_460m.yaml data.train=data/corpus_text_document
+
+Give it what launchers/pretrain.py is given. The run then finds its indices in `data.cache_dir` (default:
+`cache` beside the first training file) and begins at once. An index is found as long as the files,
+seq_length, split, seed and passes through the data are the same. What is there is checked and left alone.
+"""
+
+import argparse
+import sys
+import time
+import warnings
+
+from megalite.config.deepspeed import load_deepspeed
+from megalite.config.load import load_run
+from megalite.data.error import DataError
+from megalite.training.samples import build_samples, open_cache
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line, which is the launcher's."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--deepspeed_config", required=True, metavar="JSON", help="states the batch size of the run")
+    add("--config", nargs="?", metavar="YAML", help="the run (default: a small one, built in)")
+    add("overrides", nargs="*", metavar="section.key=value", help="changes to the run: data.train=PREFIX")
+    return parser
+
+
+def build(arguments: argparse.Namespace) -> None:
+    """Build what is missing, and say what is there; DataError when it cannot be kept."""
+    started = time.perf_counter()
+    run = load_run(arguments.config, arguments.overrides, arguments.deepspeed_config)
+    deepspeed = load_deepspeed(arguments.deepspeed_config, arguments.config or "the run")
+    cache = open_cache(run)
+    datasets = build_samples(run, deepspeed.train_batch_size, cache, progress=True)
+    if cache.num_kept < cache.num_built:
+        raise DataError(f"{cache.folder}: cannot be written: name another folder as data.cache_dir")
+    for part, dataset in datasets._asdict().items():
+        if dataset is not None:
+            print(f"{part}: {len(dataset):,} samples, {len(dataset.indexed_datasets):,} files")
+    seconds = time.perf_counter() - started
+    print(f"{cache.folder}: {cache.num_built} indices built, {cache.num_found} found, {seconds:.1f} s")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0 when all indices are kept, 2 when the user can put it right."""
+    arguments = build_parser().parse_intermixed_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+            build(arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted: indices that were complete are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
