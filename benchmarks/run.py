@@ -73,12 +73,12 @@ def _number(value: float) -> str:
 
 def publish(page: Path, name: str, module: ModuleType, measurements: list[Measurement]) -> None:
     """Put a benchmark's section and plot in place of its former ones."""
-    plot = page.parent / "benchmarks" / f"{name}.png"
+    plot = page.parent / "images" / f"{name}{SUFFIX}.png"
     opening = (module.__doc__ or "").split("\n\n")[0]
     parts = [f"## {module.TITLE}", opening, table(measurements, module.PEER)]
     if any(m.peer is not None for m in measurements):
         draw(plot, module, measurements)
-        parts.append(f"![{module.TITLE}](benchmarks/{name}.png)")
+        parts.append(f"![{module.TITLE}](images/{plot.name})")
     parts.append(f"{_machine()}; `python -m benchmarks.run {name}`.")
     sections = _read_sections(page)
     sections[module.TITLE] = "\n\n".join(parts)

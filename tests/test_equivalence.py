@@ -58,7 +58,7 @@ CASES = [
     Case(pp=2, dp=2, zero=3, tied=True),
     Case(tp=2, pp=2, dp=2),
     Case(tp=2, pp=2, dp=2, tied=True, schedule="afab", gathering="micro_batch", recompute="full"),
-    Case(tp=2, pp=2, dp=2, zero=1, tied=True),
+    *(Case(tp=2, pp=2, dp=2, zero=zero, tied=zero < 2) for zero in (0, 1, 2)),
     Case(tp=2, pp=2, documents=True, recompute="selective"),
     Case(pp=2, dp=2, documents=True, recompute="full"),
 ]

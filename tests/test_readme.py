@@ -38,8 +38,8 @@ def code_blocks(text: str) -> Iterator[str]:
 def commands(text: str) -> list[list[str]]:
     """The words of every command of ours in a page's blocks of code."""
     lines = [line for block in code_blocks(text) for line in block.replace("\\\n", " ").splitlines()]
-    split = [shlex.split(line, comments=True) for line in lines if "'" not in line.split("#")[0]]
-    return [words for words in split if words and (words[0] in CHECKS or words[0].startswith("slurm/"))]
+    ours = [line for line in lines if re.match(rf"\s*(?:{'|'.join(CHECKS)}|slurm/\w+\.sh)\s", line)]
+    return [shlex.split(line, comments=True) for line in ours]
 
 
 def check_make(words: list[str]) -> None:
