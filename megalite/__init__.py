@@ -24,7 +24,7 @@ _HOMES = {
     "ModelConfig": "megalite.config.model",
     "LlamaStage": "megalite.model.llama",
 }
-__all__ = ["__version__", *_HOMES]  # noqa: PLE0604, the names are strings
+__all__ = ["__version__", *_HOMES]
 
 
 def __getattr__(name: str) -> Any:

@@ -57,7 +57,7 @@ class DataConfig(Section):
     )
     cache_dir: str | None = Field(
         None,
-        description="Folder that keeps the shuffled indices; null means `cache` beside the first training file.",
+        description="Folder that keeps shuffled indices; null means `cache` beside the first training file.",
     )
     allow_other_data: bool = Field(
         False,

@@ -1,6 +1,6 @@
 """The process groups of one rank, built once and passed on: nothing looks them up."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ class ParallelContext:
 
     topology: Topology
     rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     tp_group: Group = None
     dp_group: Group = None
     pp_group: Group = None

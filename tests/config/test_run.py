@@ -82,7 +82,7 @@ def test_weights_stand_between_prefixes_as_they_were_written():
     run = load_run(None, ["data.train=[0.7, data/a, 30, data/b]"])
     assert run.data.train == ["0.7", "data/a", "30", "data/b"]
     assert DataConfig(train=run.data.train) == DataConfig(train=[0.7, "data/a", 30, "data/b"])
-    with pytest.raises(ConfigError, match="data.train"):
+    with pytest.raises(ConfigError, match=r"data\.train"):
         load_run(None, ["data.train=[true, a]"])
 
 
