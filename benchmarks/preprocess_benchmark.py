@@ -1,9 +1,9 @@
 """tools/preprocess_data.py from JSON lines on disk to a synced dataset, start of the workers and all, against
 `tokenizers` alone: `encode_batch_fast` on the same documents, in memory already, by as many threads, in
-batches of the size that suits it best, its ids never read. Documents are 3,000 characters of Python source, the
-tokenizer is byte-level BPE with 8,192 ids. MB are of text; of three rounds the best counts. The rows "per CPU
-second" count the time of all cores in use, which is steadier where others use the machine too. Memory is that
-of the command and its two workers together, at the peak of each.
+batches of the size that suits it best, its ids never read. Documents are 3,000 characters of Python source,
+the tokenizer is byte-level BPE with 8,192 ids. MB are of text; of three rounds the best counts. The rows "per
+CPU second" count the time of all cores in use, which is steadier where others use the machine too. Memory is
+that of the command and its two workers together, at the peak of each.
 """
 
 import contextlib

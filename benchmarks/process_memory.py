@@ -10,7 +10,7 @@ import psutil
 def peak_bytes(command: list[str], *, cwd: Path) -> int:
     """Run a command; the sum of the peaks of all its processes. Raises RuntimeError when it fails.
 
-    Each process keeps its own peak, so looking now and then misses only what starts and ends in between.
+    Each process keeps its own peak, so looking now and then misses only the last moment of each.
     """
     peaks: dict[int, int] = {}
     with subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
@@ -21,7 +21,8 @@ def peak_bytes(command: list[str], *, cwd: Path) -> int:
             except psutil.NoSuchProcess:
                 break
             for member in tree:
-                peaks[member.pid] = max(peaks.get(member.pid, 0), _peak(member.pid))
+                if found := _peak(member.pid):  # the last one: before exec a child shows its parent's
+                    peaks[member.pid] = found
             time.sleep(0.05)
         errors = process.stderr.read().decode() if process.stderr else ""
     if process.returncode:

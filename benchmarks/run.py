@@ -74,7 +74,7 @@ def _number(value: float) -> str:
 def publish(page: Path, name: str, module: ModuleType, measurements: list[Measurement]) -> None:
     """Put a benchmark's section and plot in place of its former ones."""
     plot = page.parent / "images" / f"{name}{SUFFIX}.png"
-    opening = (module.__doc__ or "").split("\n\n")[0]
+    opening = (module.__doc__ or "").split("\n\n")[0].strip()
     parts = [f"## {module.TITLE}", opening, table(measurements, module.PEER)]
     if any(m.peer is not None for m in measurements):
         draw(plot, module, measurements)

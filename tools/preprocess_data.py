@@ -53,9 +53,14 @@ class TokenizerPlace:
     eos_token: str | None
 
     def load(self) -> Tokenizer:
-        """Load it for one core."""
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        """Load it, in a worker."""
         return load_tokenizer(self.path, self.eos_token)
+
+
+def keep_workers_single_threaded() -> None:
+    """A worker is one core; and with one thread only, `tokenizers` allocates memory without locks."""
+    threads = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
+    os.environ.update(dict.fromkeys(threads, "1"), TOKENIZERS_PARALLELISM="false")
 
 
 @dataclass
@@ -158,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
     size = "vocabulary of the model to train: an id from N on is an error (default: the tokenizer's size)"
     add("--vocab-size", type=int, metavar="N", help=size)
     cores = available_cores()
-    processes = f"processes, one core each (default: all, {cores} here)"
+    processes = f"processes, one core each; 0: only this one (default: {cores}, all here)"
     add("--workers", type=int, default=cores, metavar="N", help=processes)
     bad = "records without readable text to leave out before giving up (default: 0)"
     add("--max-bad-records", type=int, default=0, metavar="N", help=bad)
@@ -171,7 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def job_from(arguments: argparse.Namespace) -> Job:
     """Check the arguments against each other, the tokenizer and the inputs."""
-    for name, least in (("workers", 1), ("max_record_mib", 1), ("max_bad_records", 0)):
+    for name, least in (("workers", 0), ("max_record_mib", 1), ("max_bad_records", 0)):
         if (found := getattr(arguments, name)) < least:
             raise DataError(f"--{name.replace('_', '-')}: expected at least {least}, found {found}")
     keys = tuple(dict.fromkeys(arguments.json_key))
@@ -197,6 +202,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; 0 when the data is written, 2 when the user can put it right."""
     arguments = build_parser().parse_args(argv)
     try:
+        keep_workers_single_threaded()
         job = job_from(arguments)
         report_leftovers(job.prefixes)
         writers = preprocess(job)

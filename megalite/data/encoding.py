@@ -7,9 +7,8 @@ from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import cache
-from multiprocessing import get_context, parent_process
-from threading import Thread
+from functools import cache, partial
+from multiprocessing import get_context
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from megalite.data.blocks import Block
 from megalite.data.documents import Encoder, encode_documents
 from megalite.data.error import DataError
 
+_SECONDS_BETWEEN_LOOKS = 2.0
 _BLOCKS_IN_FLIGHT = 6  # for each worker: it never waits, and memory stays flat
 
 
@@ -53,11 +53,11 @@ class Encoded:
 def encode_in_order(
     recipe: Recipe, blocks: Iterable[Block], workers: int
 ) -> Generator[tuple[Block, Encoded], None, None]:
-    """Blocks with their ids, in order; one worker is this process itself. Close it when stopping early.
+    """Blocks with their ids, in order; with 0 workers by this process itself. Close it when stopping early.
 
     Raises DataError for an id that the recipe does not allow, and when a worker process dies.
     """
-    if workers == 1:
+    if workers == 0:
         return ((block, encode_block(recipe, block)) for block in blocks)
     return _encode_in_processes(recipe, blocks, workers)
 
@@ -100,13 +100,16 @@ def _encode_in_processes(
 
 def _start_worker(recipe: Recipe) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
-    Thread(target=_exit_with_parent, daemon=True).start()
+    signal.signal(signal.SIGALRM, partial(_exit_without_parent, os.getppid()))
+    signal.setitimer(signal.ITIMER_REAL, _SECONDS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LOOKS)
     _loaded(recipe.tokenizer)
 
 
-def _exit_with_parent() -> None:
-    """A parent that was killed cannot stop its workers; they would wait for work forever."""
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+def _exit_without_parent(parent: int, *_: object) -> None:
+    """A parent that was killed cannot stop its workers; they would wait for work forever.
+
+    An alarm looks after it, not a thread: a process with a second thread allocates memory behind locks, and
+    `tokenizers` is then 7 % slower.
+    """
+    if os.getppid() != parent:
+        os._exit(1)

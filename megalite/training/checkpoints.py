@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalite.checkpoint.layout import Piece
+from megalite.checkpoint.layout import CheckpointError, Piece
 from megalite.checkpoint.load import find_checkpoint, load_pieces, read_state
 from megalite.checkpoint.save import save_checkpoint
 from megalite.config.deepspeed import DeepSpeedConfig
@@ -52,12 +52,22 @@ class Checkpoints:
         if folder is None:
             return 0
         state = read_state(folder)
+        self._check_batch_size(state, folder)
         if not self.run.data.allow_other_data:
             check_same_data(state.get("data", {}), self.data, where=str(folder))
         load_pieces(folder, list(live_pieces(engine)), rank=self.rank, gather=gather)
         _set_optimizer_steps(engine, state["optimizer_steps"])
         self.report(f"resumed from {folder}")
         return state["step"]
+
+    def _check_batch_size(self, state: Mapping[str, Any], folder: Path) -> None:
+        """The place in the data follows from the step: another batch size would skip or repeat samples."""
+        before, now = state["consumed_samples"] // state["step"], self.deepspeed.train_batch_size
+        if before != now:
+            raise CheckpointError(
+                f"{folder} was trained with train_batch_size {before}, the DeepSpeed JSON says {now}: "
+                f"keep {before}, or start another run with output_dir=..."
+            )
 
     def save(self, engine: StageEngine, step: int) -> Path:
         """Write the checkpoint of a step."""

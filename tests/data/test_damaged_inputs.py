@@ -148,17 +148,8 @@ def line_cases():
 def preprocess(tmp_path, capsys, path, max_bad=100):
     """(documents, bad records, error) of a run; a refused run leaves nothing."""
     prefix = tmp_path / "out" / "p"
-    arguments = [
-        "--input",
-        str(path),
-        "--output-prefix",
-        str(prefix),
-        "--tokenizer",
-        "bytes",
-        "--workers",
-        "1",
-    ]
-    status = preprocess_data.main([*arguments, "--max-bad-records", str(max_bad)])
+    arguments = ["--input", str(path), "--output-prefix", str(prefix), "--tokenizer", "bytes"]
+    status = preprocess_data.main([*arguments, "--workers", "0", "--max-bad-records", str(max_bad)])
     shown = capsys.readouterr().err.splitlines()
     if status == 2:
         assert list((tmp_path / "out").glob("*")) == []

@@ -25,7 +25,7 @@ def write_lines(path, records):
 
 
 def run(tmp_path, *inputs, more=()):
-    common = ["--output-prefix", str(tmp_path / "out" / "p"), "--tokenizer", "bytes", "--workers", "1"]
+    common = ["--output-prefix", str(tmp_path / "out" / "p"), "--tokenizer", "bytes", "--workers", "0"]
     return preprocess_data.main(["--input", *map(str, inputs), *common, *more])
 
 
@@ -55,10 +55,10 @@ def test_workers_and_chunks_do_not_change_a_byte(tmp_path, monkeypatch):
     source = write_lines(tmp_path / "a.jsonl", [{"text": f"{i} " * (i % 50)} for i in range(400)])
     monkeypatch.setattr(sources, "BLOCK_BYTES", 700)
     written = []
-    for workers in ("1", "3"):
+    for workers in ("0", "1", "3"):
         assert run(tmp_path, source, more=["--workers", workers, "--append-eod"]) == 0
         written.append([(tmp_path / "out" / f"p_text_document.{end}").read_bytes() for end in ("bin", "idx")])
-    assert written[0] == written[1]
+    assert written[0] == written[1] == written[2]
     dataset = IndexedDataset(tmp_path / "out" / "p_text_document")
     assert dataset.document(7).tolist() == [*(b"7 " * 7), 256] and dataset.num_documents == 400
 
@@ -95,7 +95,7 @@ def test_bad_records_are_named_by_file_and_line(tmp_path, capsys, monkeypatch):
     [
         (["--tokenizer", "nowhere"], "nowhere: no such file or folder"),
         (["--eos-token", "</s>", "--tokenizer", "TOKENIZER"], "eos token '</s>' is not in the vocabulary"),
-        (["--workers", "0"], "--workers: expected at least 1, found 0"),
+        (["--workers", "-1"], "--workers: expected at least 0, found -1"),
         (["--max-bad-records", "-1"], "--max-bad-records: expected at least 0, found -1"),
         (["--max-record-mib", "0"], "--max-record-mib: expected at least 1, found 0"),
         (["--vocab-size", "0"], "--vocab-size: expected at least 1, found 0"),
@@ -139,7 +139,7 @@ def test_inputs_of_all_kinds_are_joined_in_their_order(tmp_path):
     write_lines(tmp_path / "d" / "train.jsonl", [{"text": "folder"}])
     (tmp_path / "e.txt").write_text("text", encoding="utf-8")
     inputs = [tmp_path / name for name in ("e.txt", "d", "c.parquet", "b.jsonl.gz", "a.jsonl")]
-    for workers in ("1", "2"):
+    for workers in ("0", "2"):
         assert run(tmp_path, *inputs, more=["--workers", workers]) == 0
         assert documents(tmp_path) == [b"text", b"folder", b"row 1", b"row 2", b"gzip", b"plain"]
 

@@ -57,3 +57,16 @@ def test_another_layout_continues_the_run(before, after, tmp_path):
     whole = run_distributed(train, before.world_size, before, tmp_path, 1, LAST, STOP)[0]
     moved = run_distributed(train, after.world_size, after, tmp_path, STOP + 1, LAST)[0]
     torch.testing.assert_close(torch.tensor(moved), torch.tensor(whole[STOP:]), rtol=1e-4, atol=0)
+
+
+def resume_with_another_batch_size(rank, folder):
+    initialize_communication()
+    run = run_config(Case(), output_dir=str(folder))
+    other = deepspeed_config(Case()).model_copy(update={"train_batch_size": 16})
+    Checkpoints(run, other, rank, lambda text: None).resume(build_replica(rank, Case()).engine)
+
+
+def test_another_batch_size_is_refused_since_it_would_lose_the_place_in_the_data(tmp_path):
+    run_distributed(train, 1, Case(), tmp_path, 1, 2, 2)
+    with pytest.raises(AssertionError, match="train_batch_size 8, the DeepSpeed JSON says 16: keep 8"):
+        run_distributed(resume_with_another_batch_size, 1, tmp_path)
