@@ -36,6 +36,7 @@ setup(
         "deepspeed>=0.19",
         "datasets>=3.0",
         "numpy>=1.26",
+        "pyarrow>=17",  # Parquet, and compressed text
         "pydantic>=2.10",
         "pyyaml>=6.0",
         "safetensors>=0.5",

@@ -3,12 +3,13 @@
 import os
 import signal
 from collections import deque
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from megalite.data.blocks import Block
 from megalite.data.documents import Encoder, encode_documents
 from megalite.data.error import DataError
 
+_INTERRUPTIONS = {signal.SIGINT, signal.SIGTERM}
 _SECONDS_BETWEEN_LOOKS = 2.0
 _BLOCKS_IN_FLIGHT = 6  # for each worker: it never waits, and memory stays flat
 
@@ -84,7 +86,8 @@ def _encode_in_processes(
     flying: deque[tuple[Block, Future[Encoded]]] = deque()
     try:
         for block in blocks:
-            flying.append((block, pool.submit(encode_block, recipe, block)))
+            with _signals_waiting():
+                flying.append((block, pool.submit(encode_block, recipe, block)))
             if len(flying) >= _BLOCKS_IN_FLIGHT * workers:
                 done, future = flying.popleft()
                 yield done, future.result()
@@ -98,14 +101,37 @@ def _encode_in_processes(
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _signals_waiting() -> Iterator[None]:
+    """Hold interruptions back: one in the middle of the pool's queues could leave a lock held for ever.
+
+    A handler does it, not a mask: other threads take signals too, and the main thread is interrupted.
+    """
+    arrived: list[int] = []
+
+    def hold(number: int, frame: object) -> None:
+        arrived.append(number)
+
+    before = {number: signal.signal(number, hold) for number in _INTERRUPTIONS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in arrived:
+            signal.raise_signal(number)
+
+
 def _start_worker(recipe: Recipe) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
-    signal.signal(signal.SIGALRM, partial(_exit_without_parent, os.getppid()))
+    parent = parent_process()  # os.getppid() may be another one already
+    assert parent is not None
+    signal.signal(signal.SIGALRM, partial(_exit_without_parent, parent.pid))
     signal.setitimer(signal.ITIMER_REAL, _SECONDS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LOOKS)
     _loaded(recipe.tokenizer)
 
 
-def _exit_without_parent(parent: int, *_: object) -> None:
+def _exit_without_parent(parent: int | None, *_: object) -> None:
     """A parent that was killed cannot stop its workers; they would wait for work forever.
 
     An alarm looks after it, not a thread: a process with a second thread allocates memory behind locks, and

@@ -76,8 +76,9 @@ def _open_stream(name: str, subset: str | None, split: str) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    if Path(name, "state.json").is_file():  # what Dataset.save_to_disk writes
-        return datasets.load_from_disk(name).to_iterable_dataset()
+    saved = Path(name, split) if Path(name, "dataset_dict.json").is_file() else Path(name)
+    if Path(saved, "state.json").is_file():  # what save_to_disk writes
+        return datasets.load_from_disk(str(saved)).to_iterable_dataset()
     return datasets.load_dataset(name, subset, split=split, streaming=True)
 
 

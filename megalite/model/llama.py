@@ -4,6 +4,8 @@ With one stage it is the whole model. Shapes: s sequence, b micro batch, h hidde
 t tensor-parallel ranks; under sequence parallelism activations between blocks are [s/t, b, h].
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -46,43 +48,27 @@ class LlamaStage(nn.Module):
         super().__init__()
         self.config = config
         self.layout = layout = layout or StageLayout()
-        init = llama_initializer(config, seed)
-        rotary = RotaryEmbedding(config)
-        self.embed_tokens = None
-        if layout.context.is_first_stage:
+        context = layout.context
+        init, rotary = llama_initializer(config, seed), RotaryEmbedding(config)
+        cut: dict[str, Any] = {"group": context.tp_group, "sequence_parallel": layout.sequence_parallel}
+        sizes = (config.vocab_size, config.hidden_size)
+        self.embed_tokens, self.norm, self.lm_head = None, None, None
+        if context.is_first_stage:
+            tied = config.tie_word_embeddings
             self.embed_tokens = VocabParallelEmbedding(
-                config.vocab_size,
-                config.hidden_size,
-                group=layout.context.tp_group,
-                sequence_parallel=layout.sequence_parallel,
-                name=EMBEDDING_NAME,
-                init=init,
-                dtype=dtype,
-                tied=config.tie_word_embeddings,
+                *sizes, **cut, name=EMBEDDING_NAME, init=init, dtype=dtype, tied=tied
             )
-        self.layers = nn.ModuleDict(
-            {
-                str(i): DecoderBlock(config, rotary, layout, name=f"model.layers.{i}", init=init, dtype=dtype)
-                for i in (range(config.num_hidden_layers) if layers is None else layers)
-            }
-        )
-        self.norm, self.lm_head = None, None
-        if layout.context.is_last_stage:
-            self.norm = ParallelRMSNorm(
-                config.hidden_size,
-                eps=config.rms_norm_eps,
-                group=layout.context.tp_group,
-                sequence_parallel=layout.sequence_parallel,
-                name="model.norm",
-                dtype=dtype,
-            )
-            self.lm_head = ColumnParallelLinear(
-                config.hidden_size,
-                config.vocab_size,
-                group=layout.context.tp_group,
-                sequence_parallel=layout.sequence_parallel,
-                weight=self._head_weight(init, dtype),
-            )
+        held = range(config.num_hidden_layers) if layers is None else layers
+        blocks = {
+            str(i): DecoderBlock(config, rotary, layout, name=f"model.layers.{i}", init=init, dtype=dtype)
+            for i in held
+        }
+        self.layers = nn.ModuleDict(blocks)
+        if context.is_last_stage:
+            eps = config.rms_norm_eps
+            self.norm = ParallelRMSNorm(config.hidden_size, eps=eps, **cut, name="model.norm", dtype=dtype)
+            weight = self._head_weight(init, dtype)
+            self.lm_head = ColumnParallelLinear(*reversed(sizes), **cut, weight=weight)
 
     def _head_weight(self, init: Initializer, dtype: torch.dtype | None) -> nn.Parameter:
         """The head's table: the embedding itself, a copy of it if that is on another stage, or its own."""

@@ -152,6 +152,12 @@ def test_a_folder_is_read_by_the_datasets_library(tmp_path):
     assert read(tmp_path / "raw")[0] == ["a", "b"]
     assert read(tmp_path / "raw", split="validation")[0] == ["c"]
     datasets.Dataset.from_dict({"text": ["x", None, "z"]}).save_to_disk(str(tmp_path / "saved"))
+    parts = {"train": datasets.Dataset.from_dict({"text": ["p"]})}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "parts"))
+    assert read(tmp_path / "parts")[0] == ["p"]
+    (tmp_path / "raw" / "train.jsonl").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="raw: dataset: expected to read it, found"):
+        read(tmp_path / "raw")
     texts, [(row, reason)], _ = read(tmp_path / "saved")
     assert (texts, row, reason) == (["x", "z"], 2, "key 'text': expected text, found nothing")
 

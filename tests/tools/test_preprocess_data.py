@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -165,6 +166,19 @@ def test_the_command_runs_as_a_script_and_shows_progress(tmp_path):
     out, err = (process := start(tmp_path, source)).communicate(timeout=120)
     assert process.returncode == 0 and "Traceback" not in err, err
     assert "tokens/s" in err and "B/s" in err and "1 documents" in out
+
+
+def test_a_worker_that_dies_is_one_line(tmp_path):
+    process = start(tmp_path, write_lines(tmp_path / "a.jsonl", [{"text": "x" * 2000}] * 20_000))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out").exists() or len(children := psutil.Process(process.pid).children()) < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    next(child for child in children if "--multiprocessing-fork" in child.cmdline()).kill()
+    _, err = process.communicate(timeout=60)
+    [error] = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2 and "a worker process died: perhaps out of memory" in error
+    assert "Traceback" not in err and list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
