@@ -118,8 +118,8 @@ def _signals_waiting() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in arrived:
-            signal.raise_signal(number)
+        for caught in arrived:
+            signal.raise_signal(caught)
 
 
 def _start_worker(recipe: Recipe) -> None:
