@@ -15,7 +15,9 @@ from megalite.checkpoint.load import TensorReader, find_checkpoint
 from megalite.config.load import ConfigError
 from megalite.config.model import ModelConfig
 from megalite.model.llama import LlamaStage
-from megalite.tokenizer.tokenizer import BYTES, Tokenizer, TokenizerError, load_tokenizer
+from megalite.tokenizer.error import TokenizerError
+from megalite.tokenizer.load import BYTES, load_tokenizer
+from megalite.tokenizer.tokenizer import Tokenizer
 
 EPILOG = """\
 The folder loads with AutoModelForCausalLM and AutoTokenizer of transformers 4 and 5. No GPU is needed, and

@@ -14,7 +14,9 @@ from megalite.checkpoint.layout import CheckpointError
 from megalite.checkpoint.load import find_checkpoint
 from megalite.config.load import ConfigError
 from megalite.config.model import ModelConfig
-from megalite.tokenizer.tokenizer import BYTES, Tokenizer, TokenizerError, load_tokenizer
+from megalite.tokenizer.error import TokenizerError
+from megalite.tokenizer.load import BYTES, load_tokenizer
+from megalite.tokenizer.tokenizer import Tokenizer
 
 EPILOG = """\
 The text appears as it is made, on standard output. An empty prompt begins a new document.

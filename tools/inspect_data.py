@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from megalite.data.error import DataError
 from megalite.data.indexed_dataset import IndexedDataset, bin_path, idx_path
-from megalite.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from megalite.tokenizer.load import load_tokenizer
+from megalite.tokenizer.tokenizer import Tokenizer
 
 EPILOG = """\
 Opening checks the whole index, and the sizes of both files against it. --verify also reads every id: none may

@@ -17,7 +17,8 @@ from megalite.data.encoding import Encoded, Recipe, encode_in_order
 from megalite.data.error import DataError
 from megalite.data.indexed_writer import IndexedDatasetWriter, dtype_for
 from megalite.data.sources import Source, find_source
-from megalite.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from megalite.tokenizer.load import load_tokenizer
+from megalite.tokenizer.tokenizer import Tokenizer
 
 EPILOG = """\
 input:

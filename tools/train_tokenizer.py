@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from megalite.data.error import DataError
 from megalite.data.sources import Source, find_source
-from megalite.tokenizer.tokenizer import END_OF_TEXT, HuggingFaceTokenizer, Tokenizer, load_tokenizer
+from megalite.tokenizer.load import load_tokenizer
+from megalite.tokenizer.tokenizer import END_OF_TEXT, HuggingFaceTokenizer, Tokenizer
 
 EPILOG = """\
 input: as for tools/preprocess_data.py

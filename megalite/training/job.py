@@ -18,7 +18,7 @@ from megalite.data.fingerprint import describe_data
 from megalite.data.loader import BatchLoader, check_vocabulary
 from megalite.model.flops import flops_per_token
 from megalite.parallel.context import ParallelContext
-from megalite.tokenizer.tokenizer import load_tokenizer
+from megalite.tokenizer.load import load_tokenizer
 from megalite.training.checkpoints import Checkpoints, gather
 from megalite.training.engine import TORCH_DTYPES, initialize_communication
 from megalite.training.environment import Environment, cpu_is_chosen, threads_are_set

@@ -6,7 +6,7 @@ import pytest
 from megalite.data import corpus
 from megalite.data.error import DataError
 from megalite.data.indexed_dataset import IndexedDataset
-from megalite.tokenizer.tokenizer import build_byte_tokenizer
+from megalite.tokenizer.load import build_byte_tokenizer
 
 LIMIT = 60_000
 

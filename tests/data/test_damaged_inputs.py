@@ -18,7 +18,8 @@ from megalite.data.error import DataError
 from megalite.data.foreign import Boundaries, check_pieces, read_datatrove, read_flat, read_llmc
 from megalite.data.indexed_dataset import HEADER, MAGIC, IndexedDataset
 from megalite.data.indexed_writer import INT32, UINT16, IndexedDatasetWriter
-from megalite.tokenizer.tokenizer import TokenizerError, build_byte_tokenizer, load_tokenizer
+from megalite.tokenizer.error import TokenizerError
+from megalite.tokenizer.load import build_byte_tokenizer, load_tokenizer
 from tools import inspect_data, preprocess_data
 
 VOCAB_SIZE = 65_000

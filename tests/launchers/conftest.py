@@ -8,7 +8,7 @@ import pytest
 from torch.utils.file_baton import FileBaton
 
 from megalite.data.corpus import prepare_default_data
-from megalite.tokenizer.tokenizer import load_tokenizer
+from megalite.tokenizer.load import load_tokenizer
 from tests.launchers.jobs import ROOT, Ended, Job, deepspeed
 
 ZERO3 = str(ROOT / "configs/deepspeed/zero3.json")

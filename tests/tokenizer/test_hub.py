@@ -3,7 +3,8 @@ import shutil
 
 import pytest
 
-from megalite.tokenizer.tokenizer import TokenizerError, build_byte_tokenizer, load_tokenizer
+from megalite.tokenizer.error import TokenizerError
+from megalite.tokenizer.load import build_byte_tokenizer, load_tokenizer
 
 
 @pytest.fixture

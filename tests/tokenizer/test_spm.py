@@ -5,7 +5,8 @@ import sentencepiece
 
 from megalite.data.corpus import read_corpus
 from megalite.tokenizer import spm
-from megalite.tokenizer.tokenizer import TokenizerError, load_tokenizer
+from megalite.tokenizer.error import TokenizerError
+from megalite.tokenizer.load import load_tokenizer
 
 
 @pytest.fixture(scope="module")

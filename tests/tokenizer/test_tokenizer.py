@@ -3,7 +3,8 @@ import json
 import pytest
 from tokenizers import Tokenizer as Backend
 
-from megalite.tokenizer.tokenizer import TokenizerError, build_byte_tokenizer, load_tokenizer
+from megalite.tokenizer.error import TokenizerError
+from megalite.tokenizer.load import build_byte_tokenizer, load_tokenizer
 
 TEXT = "héllo 日本\x00\U0001f600\r\n\tdef f(x):  return  x\n"
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megalite.tokenizer.tokenizer import build_byte_tokenizer
+from megalite.tokenizer.load import build_byte_tokenizer
 from tests.checkpoint.llamas import VARIANTS, logits, random_llama, save_llama, tiny_run
 from tools import convert_to_hf
 

@@ -105,7 +105,7 @@ def test_bad_records_are_named_by_file_and_line(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_wrong_arguments_are_one_line(tmp_path, capsys, more, message):
-    from megalite.tokenizer.tokenizer import build_byte_tokenizer
+    from megalite.tokenizer.load import build_byte_tokenizer
 
     build_byte_tokenizer().save(tmp_path / "tokenizer")
     more = [str(tmp_path / "tokenizer") if word == "TOKENIZER" else word for word in more]

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from megalite.data.corpus import read_corpus, write_jsonl
-from megalite.tokenizer.tokenizer import load_tokenizer
+from megalite.tokenizer.load import load_tokenizer
 from tools import train_tokenizer
 
 END_OF_TEXT = {
