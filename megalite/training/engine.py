@@ -62,8 +62,6 @@ class StageEngine:
         num_micro_batches: int,
         parameter_gathering: str = "step",
     ) -> None:
-        if config.precision == "fp16" and context.device.type == "cpu":
-            raise ValueError("fp16 needs a GPU and this run is on a CPU: enable bf16, or neither")
         self.config = config
         self.context = context
         self.dtype = TORCH_DTYPES[config.precision]

@@ -106,6 +106,10 @@ def _choose_device(environment: Environment) -> torch.device:
 def _pretrain(
     run: RunConfig, deepspeed: DeepSpeedConfig, environment: Environment, device: torch.device
 ) -> None:
+    if deepspeed.precision == "fp16" and device.type == "cpu":
+        raise JobError(
+            "fp16 needs a GPU and this run is on a CPU: enable bf16 in the DeepSpeed JSON, or neither"
+        )
     is_reporter = environment.rank == 0
     report = _say if is_reporter else _say_nothing
     context = build_context(run, environment.rank, environment.world_size, device)

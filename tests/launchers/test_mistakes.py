@@ -104,6 +104,11 @@ def test_a_port_that_is_taken_is_one_line(tmp_path):
     assert f"127.0.0.1:{port}: address already in use" in line and "--master_port" in line
 
 
+def test_fp16_on_a_cpu_is_one_line(tmp_path):
+    fp16 = str(Path(ZERO3).with_name("zero3_fp16.json"))
+    assert "fp16 needs a GPU" in one_line(run(["--deepspeed_config", fp16], tmp_path))
+
+
 def remove_bin(prefix: Path) -> None:
     prefix.with_suffix(".bin").unlink()
 
