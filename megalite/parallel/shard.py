@@ -10,7 +10,6 @@ are parameters of their own. So every local tensor is one box of the full one.
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
 
 import numpy as np
 import torch
@@ -69,11 +68,6 @@ class ShardSpec:
         if self.dim is not None:
             shape[self.dim] = min(shape[self.dim], self.full_shape[self.dim] - self.box_start[self.dim])
         return tuple(shape)
-
-    @property
-    def full_numel(self) -> int:
-        """Elements of the whole parameter."""
-        return prod(self.full_shape)
 
     def cut(self, full: torch.Tensor) -> torch.Tensor:
         """This rank's part of a full tensor, padding filled with zeros; always a copy."""

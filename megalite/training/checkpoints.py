@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -136,9 +137,7 @@ def _own_weights(parameter: Any, partitioned: bool, dp_rank: int) -> tuple[int, 
 
 def _piece(spec: ShardSpec, kind: str, start: int, tensor: torch.Tensor, owned: bool) -> Piece:
     """Rows of padding are the last ones of a rank, so what counts is the front of the flat tensor."""
-    size = 1
-    for extent in spec.box_shape:
-        size *= extent
+    size = prod(spec.box_shape)
     return Piece(
         name=spec.name,
         kind=kind,
