@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from megalite.checkpoint.format import CheckpointError
 from megalite.checkpoint.hf import DTYPES, export, largest_difference, llama_shapes, read_config
-from megalite.checkpoint.layout import CheckpointError
 from megalite.checkpoint.load import TensorReader, find_checkpoint
 from megalite.config.load import ConfigError
 from megalite.config.model import ModelConfig

@@ -21,6 +21,7 @@ from typing import Any
 from megalite.config.deepspeed import load_deepspeed
 from megalite.config.load import load_run
 from megalite.data.datasets import build_datasets
+from megalite.error import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN, DEEPSPEED = "configs/runs/demo.yaml", "configs/deepspeed/demo.json"
@@ -58,7 +59,7 @@ Go on in {root}
             parallel.tp_size=2 parallel.pp_size=2 output_dir=runs/first"""
 
 
-class DemoError(ValueError):
+class DemoError(UserError):
     """The demo cannot begin, or did not do what it promises."""
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from megalite.checkpoint.format import CheckpointError
 from megalite.checkpoint.hf import DTYPES, build_transformers_model, read_config
-from megalite.checkpoint.layout import CheckpointError
 from megalite.checkpoint.load import find_checkpoint
 from megalite.config.load import ConfigError
 from megalite.config.model import ModelConfig
+from megalite.error import UserError
 from megalite.tokenizer.error import TokenizerError
 from megalite.tokenizer.load import BYTES, load_tokenizer
 from megalite.tokenizer.tokenizer import Tokenizer
@@ -26,7 +27,7 @@ example:
 """
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """A prompt that the model cannot continue."""
 
 

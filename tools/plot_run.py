@@ -10,12 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from megalite.error import UserError
+
 METRICS_FILE = "metrics.jsonl"
 REQUIRED = ("step", "loss", "grad_norm", "learning_rate", "tokens_per_second")
 BLUE, ORANGE, GREY = "#2563a8", "#d9661f", "#666666"
 
 
-class PlotError(ValueError):
+class PlotError(UserError):
     """The run has nothing that can be drawn."""
 
 

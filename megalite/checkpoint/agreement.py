@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from megalite.checkpoint.layout import CheckpointError
+from megalite.checkpoint.format import CheckpointError
 
 Gather = Callable[[Any], list[Any]]  # all-gathers a Python object over the ranks, in rank order
 Result = TypeVar("Result")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from megalite.checkpoint.layout import CONFIG, CheckpointError, Shape
+from megalite.checkpoint.format import CONFIG, CheckpointError, Shape
 from megalite.checkpoint.load import TensorReader
 from megalite.checkpoint.tensor_file import Entry, sync_folder, write_tensor_file, write_text_file
 from megalite.config.load import load_run

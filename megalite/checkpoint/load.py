@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megalite.checkpoint.agreement import Gather, alone, on_all_ranks
-from megalite.checkpoint.layout import (
+from megalite.checkpoint.format import (
     STATE,
     CheckpointError,
     Manifest,

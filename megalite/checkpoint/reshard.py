@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from megalite.checkpoint.layout import CheckpointError, Region, Shape, StoredPiece
+from megalite.checkpoint.format import CheckpointError, Region, Shape, StoredPiece
 
 
 class Block(NamedTuple):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megalite.checkpoint.agreement import Gather, on_all_ranks
-from megalite.checkpoint.layout import (
+from megalite.checkpoint.format import (
     INCOMPLETE,
     MANIFEST,
     STATE,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from megalite.checkpoint.layout import FileEntry, Shape
+from megalite.checkpoint.format import FileEntry, Shape
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalite.checkpoint.layout import CheckpointError, Piece
+from megalite.checkpoint.format import CheckpointError, Piece
 from megalite.checkpoint.load import find_checkpoint, load_pieces, read_state
 from megalite.checkpoint.save import save_checkpoint
 from megalite.config.deepspeed import DeepSpeedConfig

@@ -16,22 +16,23 @@ from megalite.data.corpus import prepare_default_data
 from megalite.data.datasets import Datasets
 from megalite.data.fingerprint import describe_data
 from megalite.data.loader import BatchLoader, check_vocabulary
+from megalite.error import UserError
+from megalite.measure.hardware import peak_flops_per_second
+from megalite.measure.metrics import Metrics, Workload
+from megalite.measure.progress import Progress
+from megalite.measure.report import describe_memory, describe_run, peak_memory_bytes
 from megalite.model.flops import flops_per_token
 from megalite.parallel.context import ParallelContext
 from megalite.tokenizer.load import load_tokenizer
 from megalite.training.checkpoints import Checkpoints, gather
 from megalite.training.engine import TORCH_DTYPES, initialize_communication
 from megalite.training.environment import Environment, cpu_is_chosen, threads_are_set
-from megalite.training.hardware import peak_flops_per_second
-from megalite.training.liveness import Liveness, LivenessError
-from megalite.training.liveness_server import leave
 from megalite.training.loop import Data, train
-from megalite.training.metrics import Metrics, Workload
 from megalite.training.output import make_folder, write_configs
-from megalite.training.progress import Progress
 from megalite.training.replica import Replica, build_context
-from megalite.training.report import describe_memory, describe_run, peak_memory_bytes
 from megalite.training.samples import build_samples, open_cache, token_files
+from megalite.watch.liveness import Liveness, LivenessError
+from megalite.watch.server import leave
 
 DEFAULT_CORPUS_BYTES = 8 << 20
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
@@ -40,7 +41,7 @@ DEATH_SECONDS = 1.0  # in which a rank's death is known to all
 Result = TypeVar("Result")
 
 
-class JobError(ValueError):
+class JobError(UserError):
     """A user's mistake that shows when the ranks come together."""
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.run import RunConfig
 from megalite.data.loader import BatchLoader
+from megalite.measure.metrics import Metrics
 from megalite.training.checkpoints import Checkpoints
 from megalite.training.lr_schedule import learning_rate_at
-from megalite.training.metrics import Metrics
 from megalite.training.replica import Replica, require_finite
 
 

@@ -8,9 +8,10 @@ from megalite.checkpoint.tensor_file import write_text_file
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.load import dump_run
 from megalite.config.run import RunConfig
+from megalite.error import UserError
 
 
-class OutputError(ValueError):
+class OutputError(UserError):
     """The run's folder cannot be used."""
 
 

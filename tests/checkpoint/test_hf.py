@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from megalite.checkpoint import hf
+from megalite.checkpoint.format import CheckpointError
 from megalite.checkpoint.hf import (
     build_transformers_model,
     export,
@@ -17,7 +18,6 @@ from megalite.checkpoint.hf import (
     llama_shapes,
     read_config,
 )
-from megalite.checkpoint.layout import CheckpointError
 from megalite.config.model import ModelConfig
 from tests.checkpoint.llamas import VARIANTS, logits, random_llama, save_llama, tiny_run
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalite.checkpoint import load
-from megalite.checkpoint.layout import CheckpointError, Piece
+from megalite.checkpoint.format import CheckpointError, Piece
 from megalite.checkpoint.load import find_checkpoint, load_pieces, read_tensor
 from tests.checkpoint.test_reshard import SHAPES, borders
 from tests.checkpoint.worlds import Cut, blank, cut_all, even_cut, run_world, same_bits, save_world

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalite.checkpoint.layout import CheckpointError, Region, StoredPiece
+from megalite.checkpoint.format import CheckpointError, Region, StoredPiece
 from megalite.checkpoint.reshard import check_coverage, overlaps
 from tests.checkpoint.worlds import Cut, cut_tensor
 

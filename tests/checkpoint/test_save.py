@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from megalite.checkpoint import save
-from megalite.checkpoint.layout import CheckpointError, Piece, list_steps, read_manifest
+from megalite.checkpoint.format import CheckpointError, Piece, list_steps, read_manifest
 from megalite.checkpoint.load import find_checkpoint, read_state, read_tensor
 from megalite.checkpoint.save import save_checkpoint
 from tests.checkpoint.worlds import alone, cut_all, even_cut, save_world

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megalite.checkpoint.layout import Piece
+from megalite.checkpoint.format import Piece
 from megalite.checkpoint.save import save_checkpoint
 
 Tensors = dict[tuple[str, str], torch.Tensor]  # full tensors by (kind, name)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megalite.training.progress import Progress, seconds_in_words
+from megalite.measure.progress import Progress, seconds_in_words
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

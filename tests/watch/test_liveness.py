@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalite.training.liveness import Liveness, LivenessError
+from megalite.watch.liveness import Liveness, LivenessError
 
 FORK = multiprocessing.get_context("fork")
 HOST = "127.0.0.1"

@@ -19,12 +19,13 @@ import threading
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from megalite.training.liveness_server import Connection, Server, death_of, leave, process_name
+from megalite.error import UserError
+from megalite.watch.server import Connection, Server, death_of, leave, process_name
 
 FAILED_SECONDS = 30.0  # how long a failed rank waits to be ended before it ends itself
 
 
-class LivenessError(ValueError):
+class LivenessError(UserError):
     """Rank 0 cannot be reached."""
 
 

@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from megalite.error import UserError
+
 FORMAT_VERSION = 1
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
 INCOMPLETE = ".tmp"  # suffix of a folder that is being written or removed
@@ -28,7 +30,7 @@ INCOMPLETE = ".tmp"  # suffix of a folder that is being written or removed
 Shape = tuple[int, ...]
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written, is damaged, or does not fit the model: one line, for people."""
 
 

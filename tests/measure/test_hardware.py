@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalite.training.hardware import known_peak, peak_flops_per_second
+from megalite.measure.hardware import known_peak, peak_flops_per_second
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from megalite.training.metrics import METRICS_FILE, Metrics, Workload, cut_rows_after
-from megalite.training.progress import Progress, seconds_in_words
+from megalite.measure.metrics import METRICS_FILE, Metrics, Workload, cut_rows_after
+from megalite.measure.progress import Progress, seconds_in_words
 
 WORKLOAD = Workload(
     samples_per_step=8, tokens_per_sample=128, flops_per_token=6e6, peak_flops_per_second=1e11

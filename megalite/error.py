@@ -1,0 +1,34 @@
+"""Mistakes that their reader can mend. They are told in one line; every other error keeps its traceback."""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """What is wrong, with both values, and the remedy: one line for a person. Base of all such errors."""
+
+
+def told_to_users(error: BaseException) -> str | None:
+    """The one line to tell of an error; None when it is ours to mend, and its traceback must be seen.
+
+    An OSError is told as well: a file, a disk or a network that the user named, in the system's words.
+    """
+    if isinstance(error, OSError):
+        said = error.filename and error.strerror
+        return f"{error.filename}: {error.strerror}" if said else str(error)  # without Python's number
+    return str(error) if isinstance(error, UserError) else None
+
+
+def run_command(command: Callable[[], int | None]) -> int:
+    """The exit status of a command: its own, or 2 after a user's mistake and 130 after an interruption."""
+    try:
+        return command() or 0
+    except KeyboardInterrupt:
+        print("error: interrupted: nothing was written", file=sys.stderr)
+        return 130
+    except Exception as error:
+        line = told_to_users(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2
