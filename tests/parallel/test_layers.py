@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megalite.model.layout import StageLayout
 
 from megalite.config.model import ModelConfig
 from megalite.model.attention import ParallelAttention, kv_replicas
-from megalite.model.layout import StageLayout
 from megalite.model.mlp import ParallelMLP
 from megalite.model.rope import RotaryEmbedding
 from megalite.parallel.context import ParallelContext

@@ -5,7 +5,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from megalite.training.engine import initialize_communication
 from tests.harness import run_distributed
-from tests.replicas import ADAM, Case, build_replica, micro_batches
+from tests.trainers import ADAM, Case, build_trainer, micro_batches
 
 NUM_STEPS = 3  # the first records the trace of parameter uses, later ones follow it
 
@@ -36,7 +36,7 @@ class Counter:
 def gathered_per_step(rank, case):
     """Elements gathered in each step, and most at once, as parts of the stage; losses; micro batches."""
     initialize_communication()
-    replica = build_replica(rank, case, stage3_param_persistence_threshold=0)
+    replica = build_trainer(rank, case, stage3_param_persistence_threshold=0)
     counter = Counter(replica.engine.module)
     stage_elements = sum(p.ds_numel for p in replica.engine.module.parameters())
     ratios, losses = [], []

@@ -13,7 +13,7 @@ from megalite.training.checkpoints import Checkpoints
 from megalite.training.engine import initialize_communication
 from megalite.training.samples import build_samples, open_cache, token_files
 from tests.harness import run_distributed
-from tests.replicas import Case, build_replica, deepspeed_config, run_config
+from tests.trainers import Case, build_trainer, deepspeed_config, run_config
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_run_without_data_has_nothing_to_index():
 def save_and_resume(rank, folder, train):
     """What resuming gives with the same data, with another order, and with another order that is allowed."""
     initialize_communication()
-    replica = build_replica(rank, Case())
+    replica = build_trainer(rank, Case())
 
     def checkpoints(seed, allow):
         run = run_on(train, seed, allow_other_data=allow)

@@ -5,10 +5,10 @@ In float64: both sides sum the same numbers in another order, so 1e-10 is ample 
 
 import pytest
 import torch
-
-from megalite.config.model import ModelConfig
 from megalite.model.documents import Documents
 from megalite.model.layout import StageLayout
+
+from megalite.config.model import ModelConfig
 from megalite.model.llama import LlamaStage
 
 CONFIG = ModelConfig(
