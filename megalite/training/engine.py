@@ -282,14 +282,19 @@ def _release_nothing() -> None:
 
 
 def _agreement_check(group: Group) -> Callable[[list[int]], None]:
-    """A check that all ranks of a group hold the same integers."""
+    """A check that all ranks of a group hold the same numbers of modules or parameters.
+
+    DeepSpeed counts on through all models of a process, and ranks may have built unlike ones before: so the
+    numbers are compared as counted from the smallest.
+    """
 
     def check(ints: list[int]) -> None:
         if group_size(group) == 1:
             return
+        own = [number - min(ints) for number in ints]
         everyone: list[Any] = [None] * group_size(group)
-        dist.all_gather_object(everyone, ints, group=group)
-        if any(other != ints for other in everyone):
+        dist.all_gather_object(everyone, own, group=group)
+        if any(other != own for other in everyone):
             raise RuntimeError("data-parallel ranks disagree on the order of parameters: this is a bug")
 
     return check

@@ -23,15 +23,15 @@ def train(rank, case, folder, first, last, save_at=None):
     """Steps first to last, after resuming where there is a checkpoint; losses and norms as they came."""
     initialize_communication()
     run = run_config(case, output_dir=str(folder), checkpoint=CheckpointConfig(save_every_steps=STOP))
-    replica = build_trainer(rank, case)
+    trainer = build_trainer(rank, case)
     checkpoints = Checkpoints(run, deepspeed_config(case), rank, lambda text: None)
-    assert checkpoints.resume(replica.engine) == first - 1
+    assert checkpoints.resume(trainer.engine) == first - 1
     curve = []
     for step in range(first, last + 1):
-        result = replica.train_step(micro_batches(step, replica.context), ADAM.learning_rate / step)
+        result = trainer.train_step(micro_batches(step, trainer.context), ADAM.learning_rate / step)
         curve.append((result.loss, result.grad_norm))
         if step == save_at:
-            checkpoints.save(replica.engine, step)
+            checkpoints.save(trainer.engine, step)
     return curve
 
 
