@@ -20,6 +20,7 @@ from megalite.data.foreign import (
     read_llmc,
 )
 from megalite.data.indexed_writer import IndexedDatasetWriter, dtype_for
+from megalite.error import run_command
 
 EPILOG = """\
 formats:
@@ -119,17 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 0 when the data is written, 2 when the user can put it right."""
     arguments = build_parser().parse_args(argv)
-    try:
-        writer = import_tokens(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted: nothing was written", file=sys.stderr)
-        return 130
-    counts = f"{writer.num_documents:,} documents, {writer.num_tokens:,} tokens of {writer.dtype}"
-    print(f"{writer.prefix}: {counts}")
-    return 0
+    return run_command(lambda: print(import_tokens(arguments).summary()))
 
 
 if __name__ == "__main__":

@@ -8,15 +8,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 
 from tqdm import tqdm
 
 from megalite.data.blocks import Block
 from megalite.data.encoding import Encoded, Recipe, encode_in_order
 from megalite.data.error import DataError
+from megalite.data.indexed_dataset import bin_path
 from megalite.data.indexed_writer import IndexedDatasetWriter, dtype_for
 from megalite.data.sources import Source, find_source
+from megalite.files import left_aside
 from megalite.tokenizer.load import load_tokenizer
 from megalite.tokenizer.tokenizer import Tokenizer
 
@@ -135,7 +136,7 @@ def preprocess(job: Job) -> list[IndexedDatasetWriter]:
 def report_leftovers(prefixes: list[str]) -> None:
     """Say so when an earlier run was cut off: what it wrote cannot be used."""
     for prefix in prefixes:
-        for left in Path(prefix).parent.glob(f".{Path(prefix).name}.*.tmp.bin"):
+        for left in left_aside(bin_path(prefix)):
             found = f"{left}: left by a run that was killed, or one that still writes here"
             print(
                 f"{found}: this run starts from the beginning; delete the file if none runs", file=sys.stderr

@@ -14,6 +14,7 @@ from megalite.data.documents import Encoder, encode_documents
 from megalite.data.error import DataError
 from megalite.data.indexed_dataset import IndexedDataset
 from megalite.data.indexed_writer import IndexedDatasetWriter, dtype_for
+from megalite.files import write_text, written_aside
 
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 _BATCH_BYTES = 1 << 20
@@ -51,24 +52,14 @@ def _source_files(root: Path) -> list[str]:
 
 
 def write_jsonl(path: str | Path, max_bytes: int | None = None) -> int:
-    """Write the corpus as JSON lines with keys `text` and `path`; returns the number of documents.
-
-    Complete or absent: written aside, synced and renamed.
-    """
+    """Write the corpus as JSON lines with keys `text` and `path`; returns the number of documents."""
     count = 0
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            for name, text in _documents(max_bytes):
-                file.write(json.dumps({"text": text, "path": name}, ensure_ascii=False) + "\n")
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(path) as file:
+        for name, text in _documents(max_bytes):
+            file.write(json.dumps({"text": text, "path": name}, ensure_ascii=False) + "\n")
+            count += 1
     return count
 
 
@@ -92,9 +83,7 @@ def prepare_default_data(
                 names, texts = [name for name, _ in batch], [text for _, text in batch]
                 size = tokenizer.vocab_size
                 writer.add_documents(*encode_documents(texts, tokenizer, writer.dtype, True, size, names))
-        aside = Path(f"{prefix}.json.tmp")
-        aside.write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
-        aside.replace(f"{prefix}.json")
+        write_text(f"{prefix}.json", json.dumps(made_from, indent=2) + "\n")
     return prefix
 
 

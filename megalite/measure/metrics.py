@@ -1,11 +1,11 @@
 """What is measured at each optimizer step: kept in metrics.jsonl, sent to TensorBoard, shown as progress."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megalite.files import write_text
 from megalite.measure.progress import Progress, seconds_in_words
 
 if TYPE_CHECKING:
@@ -129,14 +129,8 @@ def cut_rows_after(file: Path, last_step: int) -> None:
         return
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= last_step]
-    if kept == lines:
-        return
-    partial = file.with_name(file.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as output:
-        output.writelines(kept)
-        output.flush()
-        os.fsync(output.fileno())
-    partial.rename(file)
+    if kept != lines:
+        write_text(file, "".join(kept))
 
 
 def _step_of(line: str) -> float:
