@@ -10,13 +10,14 @@ the end of each document, at its start, or nowhere: then a file is one document.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from megalite.data.error import DataError
-from megalite.data.indexed_writer import check_ids
 from megalite.data.token_file import open_bytes
+from megalite.data.token_ids import check_ids
 
 FORMATS = ("flat", "llmc", "datatrove")
 ID_TYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -112,11 +113,13 @@ def check_pieces(path: Path, pieces: Pieces, vocab_size: int) -> Pieces:
     """The same; DataError for the first id that is not below `vocab_size`, naming its place."""
     before = 0
     for tokens, lengths in pieces:
-        for start in range(0, len(tokens), BLOCK_TOKENS):
-            block = tokens[start : start + BLOCK_TOKENS]
-            check_ids(block, vocab_size, f"{path}: after token {before + start:,}")
+        check_ids(tokens, vocab_size, partial(_place, path, before))
         before += len(tokens)
         yield tokens, lengths
+
+
+def _place(path: Path, before: int, at: int) -> str:
+    return f"{path}: at token {before + at:,}"
 
 
 def _open(path: Path) -> np.ndarray:

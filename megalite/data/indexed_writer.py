@@ -1,4 +1,4 @@
-"""Megatron token files, written: complete or absent, in flat memory (12 bytes for each document)."""
+"""Megatron token files, written: complete or absent, in flat memory (12 bytes per document)."""
 
 from array import array
 from collections.abc import Iterable, Sequence
@@ -8,9 +8,11 @@ from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike
+from tqdm import tqdm
 
 from megalite.data.error import DataError
 from megalite.data.indexed_dataset import DTYPES, HEADER, MAGIC, VERSION, IndexedDataset, bin_path, idx_path
+from megalite.data.token_ids import check_ids
 from megalite.files import aside_of, sync, written_aside
 
 UINT16, INT32 = DTYPES[8], DTYPES[4]
@@ -23,15 +25,6 @@ _COPY_TOKENS = 1 << 22
 def dtype_for(vocab_size: int) -> np.dtype:
     """u16 for vocabularies below 65,500 ids, else i32: the choice of Megatron's preprocessor."""
     return UINT16 if vocab_size < _LARGEST_UINT16_VOCABULARY else INT32
-
-
-def check_ids(ids: np.ndarray, limit: int, where: str) -> None:
-    """Raise DataError naming `where` and the first id that is not in [0, limit)."""
-    if ids.size and (ids.min() < 0 or ids.max() >= limit):
-        bad = int(ids[np.argmax((ids < 0) | (ids >= limit))])
-        raise DataError(
-            f"{where}: token id: expected 0 to {limit - 1}, found {bad}: wrong tokenizer or id type?"
-        )
 
 
 class IndexedDatasetWriter:
@@ -159,11 +152,23 @@ class IndexedDatasetWriter:
         index.write(np.frombuffer(self._boundaries, np.int64).astype("<i8").data)
 
 
-def merge_datasets(prefixes: Sequence[str | Path], output_prefix: str | Path) -> None:
-    """Write the documents of several datasets of one dtype, in the order given, as one dataset."""
+def merge_datasets(
+    prefixes: Sequence[str | Path], output_prefix: str | Path, progress: bool = False
+) -> IndexedDatasetWriter:
+    """Write the documents of several datasets of one dtype, in the order given, as one dataset.
+
+    Returns the writer, with what it counted. Raises DataError, and writes nothing, for no dataset, one that
+    cannot be opened or has another dtype, and an output that is one of the inputs.
+    """
     if not prefixes:
         raise DataError(f"{output_prefix}: parts: expected at least 1 dataset to merge, found 0")
-    parts = [IndexedDataset(prefix) for prefix in prefixes]
-    with IndexedDatasetWriter(output_prefix, parts[0].dtype) as writer:
+    parts, output = [IndexedDataset(prefix) for prefix in prefixes], bin_path(output_prefix)
+    if output.exists() and any(output.samefile(bin_path(part.prefix)) for part in parts):
+        raise DataError(f"{output_prefix}: output: expected another name than those of the inputs")
+    total = sum(part.num_tokens for part in parts)
+    bar = tqdm(total=total, desc="merge", unit="token", unit_scale=True, disable=not progress)
+    with IndexedDatasetWriter(output_prefix, parts[0].dtype) as writer, bar:
         for part in parts:
             writer.add_dataset(part)
+            bar.update(part.num_tokens)
+    return writer
