@@ -35,7 +35,7 @@ def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
     if file.suffix == ".model":
         from megalite.tokenizer.spm import SentencePieceTokenizer  # sentencepiece only where it is needed
 
-        return SentencePieceTokenizer(file, eos_token)
+        return SentencePieceTokenizer(file.read_bytes(), str(file), eos_token)
     return _load_hugging_face(file, eos_token)
 
 
