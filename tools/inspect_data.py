@@ -52,7 +52,7 @@ def describe(dataset: IndexedDataset) -> Iterator[str]:
     yield f"tokens       {dataset.num_tokens:,}"
     if len(lengths):
         middle = f"median {int(np.median(lengths)):,}, mean {dataset.num_tokens / len(lengths):,.1f}"
-        yield f"lengths      {int(lengths.min()):,} to {int(lengths.max()):,} tokens a sequence, {middle}"
+        yield f"lengths      {int(lengths.min()):,} to {int(lengths.max()):,} tokens per sequence, {middle}"
 
 
 def count_lengths(lengths: np.ndarray) -> list[tuple[int, int, int]]:
