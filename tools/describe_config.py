@@ -40,9 +40,8 @@ This page is written by `python tools/describe_config.py` from the code.
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--output", type=Path, default=DEFAULT_OUTPUT, help="file to write (default: %(default)s)"
-    )
+    page = "file to write (default: %(default)s)"
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help=page)
     arguments = parser.parse_args(argv)
     return run_command(lambda: write_page(arguments.output))
 

@@ -49,16 +49,11 @@ def draw(intervals: list[Interval], title: str) -> Figure:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--pipeline-schedule", choices=sorted(SCHEDULES), default="1f1b", help="default: %(default)s"
-    )
-    parser.add_argument("--pp-size", type=int, default=4, help="number of stages (default: %(default)s)")
-    parser.add_argument(
-        "--num-micro-batches", type=int, default=8, help="micro batches of one step (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("schedule.png"), help="picture to write (default: %(default)s)"
-    )
+    add, shown = parser.add_argument, "(default: %(default)s)"
+    add("--pipeline-schedule", choices=sorted(SCHEDULES), default="1f1b", help="default: %(default)s")
+    add("--pp-size", type=int, default=4, help=f"number of stages {shown}")
+    add("--num-micro-batches", type=int, default=8, help=f"micro batches of one step {shown}")
+    add("--output", type=Path, default=Path("schedule.png"), help=f"picture to write {shown}")
     arguments = parser.parse_args(argv)
     return run_command(lambda: draw_schedule(arguments))
 

@@ -95,20 +95,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=formatter)
     add = parser.add_argument
     add("--format", choices=FORMATS, required=True, help="what the files are, see below")
-    add(
-        "--input",
-        nargs="+",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="token files, in the order to write",
-    )
-    add(
-        "--output-prefix",
-        required=True,
-        metavar="P",
-        help="writes P.bin and P.idx; train with data.train=[P]",
-    )
+    files = "token files, in the order to write"
+    add("--input", nargs="+", type=Path, required=True, metavar="FILE", help=files)
+    output = "writes P.bin and P.idx; train with data.train=[P]"
+    add("--output-prefix", required=True, metavar="P", help=output)
     size = "vocabulary of the tokenizer that made the ids: an id from N on is an error"
     add("--vocab-size", type=int, required=True, metavar="N", help=size)
     add("--dtype", choices=sorted(ID_TYPES), help="type of the ids, where the files do not say it")

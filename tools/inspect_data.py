@@ -182,11 +182,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=formatter)
     add = parser.add_argument
     add("prefix", metavar="PREFIX", help="the dataset PREFIX.bin and PREFIX.idx; either ending may be there")
-    add(
-        "--tokenizer",
-        metavar="T",
-        help="decode samples with it: folder, name, tokenizer.json, .model, 'bytes'",
-    )
+    tokenizer = "decode samples with it: folder, name, tokenizer.json, .model, 'bytes'"
+    add("--tokenizer", metavar="T", help=tokenizer)
     add("--samples", type=int, default=3, metavar="N", help="documents to decode (default: 3)")
     add("--verify", action="store_true", help="read every id of the file")
     size = "with --verify: an id from N on is an error (default: the tokenizer's size)"

@@ -43,31 +43,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=formatter)
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="INPUT", help="text to learn from, see below")
-    add(
-        "--output",
-        required=True,
-        metavar="DIR",
-        type=Path,
-        help="folder for tokenizer.json, tokenizer_config.json",
-    )
+    folder = "folder for tokenizer.json, tokenizer_config.json"
+    add("--output", required=True, metavar="DIR", type=Path, help=folder)
     size = "ids, special tokens included (default: 8192)"
     add("--vocab-size", type=int, default=8192, metavar="N", help=size)
     add("--kind", choices=sorted(MIN_VOCAB), default="byte-bpe", help="see below (default: byte-bpe)")
-    add(
-        "--json-key",
-        default="text",
-        metavar="KEY",
-        help="key of the text in each JSON object (default: text)",
-    )
-    add(
-        "--max-bytes", type=int, metavar="N", help="learn from the first N bytes of input only (default: all)"
-    )
-    add(
-        "--model-max-length",
-        type=int,
-        metavar="N",
-        help="context of the model in tokens, noted in the config",
-    )
+    key = "key of the text in each JSON object (default: text)"
+    add("--json-key", default="text", metavar="KEY", help=key)
+    first = "learn from the first N bytes of input only (default: all)"
+    add("--max-bytes", type=int, metavar="N", help=first)
+    context = "context of the model in tokens, noted in the config"
+    add("--model-max-length", type=int, metavar="N", help=context)
     return parser
 
 

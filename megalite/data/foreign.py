@@ -10,7 +10,6 @@ the end of each document, at its start, or nowhere: then a file is one document.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -112,14 +111,14 @@ def read_datatrove(path: Path, dtype: np.dtype | None) -> Pieces:
 def check_pieces(path: Path, pieces: Pieces, vocab_size: int) -> Pieces:
     """The same; DataError for the first id that is not below `vocab_size`, naming its place."""
     before = 0
+
+    def place(at: int) -> str:
+        return f"{path}: at token {before + at:,}"
+
     for tokens, lengths in pieces:
-        check_ids(tokens, vocab_size, partial(_place, path, before))
+        check_ids(tokens, vocab_size, place)
         before += len(tokens)
         yield tokens, lengths
-
-
-def _place(path: Path, before: int, at: int) -> str:
-    return f"{path}: at token {before + at:,}"
 
 
 def _open(path: Path) -> np.ndarray:

@@ -1,74 +1,82 @@
 """Parts of an input, small enough to hand to a worker, which reads their records."""
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, ClassVar, Protocol
+from typing import Any, BinaryIO, ClassVar
 
 from megalite.data.compression import decompressed
-from megalite.data.records import Keys, Records, decode, parse_line, read_records
+from megalite.data.records import Keys, RecordError, Records, decode, parse_line
 
 _PIECE_BYTES = 1 << 16
 
 
-class InputBlock(Protocol):
+@dataclass(frozen=True)
+class InputBlock(ABC):
     """A part of the input `name`: `num_bytes` of it, for progress; `unit` is what a record is called."""
 
     unit: ClassVar[str]
+    name: str
+    num_bytes: int
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def num_bytes(self) -> int: ...
-
+    @abstractmethod
     def describe(self, record: int) -> str:
         """Where a record stands that counts from 1 at the start of the block."""
-        ...
+
+    @abstractmethod
+    def _rows(self, max_bytes: int) -> Iterable[Any]:
+        """What each record is made of; not more than `max_bytes` of one are kept in memory."""
+
+    @abstractmethod
+    def _texts(self, row: Any, keys: Keys, max_bytes: int) -> list[str] | None:
+        """A record's text under each key, None when it is blank. Raises RecordError when it is a bad one."""
 
     def read(self, keys: Keys, max_bytes: int) -> Records:
         """The records; one of more than `max_bytes`, or without text under each key, is left out."""
-        ...
+        found = Records([[] for _ in keys])
+        for row in self._rows(max_bytes):
+            found.num_records += 1
+            try:
+                texts = self._texts(row, keys, max_bytes)
+            except RecordError as error:
+                found.bad_records.append((found.num_records, str(error)))
+            else:
+                found.add(texts)
+        return found
+
+
+class _JsonLines(InputBlock):
+    unit = "line"
+
+    def _texts(self, row: bytes | None, keys: Keys, max_bytes: int) -> list[str] | None:
+        return parse_line(row, keys, max_bytes)
 
 
 @dataclass(frozen=True)
-class LineRange:
-    """The JSON lines that begin in bytes [start, end) of a plain file: adjacent ranges share no line."""
+class LineRange(_JsonLines):
+    """The JSON lines that begin in `num_bytes` from `start` of a plain file; the next range has the next."""
 
-    unit: ClassVar[str] = "line"
-    name: str
     start: int
-    end: int
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the range."""
-        return self.end - self.start
 
     def describe(self, record: int) -> str:
         """How many lines lie before the range is not known here."""
         return f"{self.name} line {record}" + (f" from byte {self.start} on" if self.start else "")
 
-    def read(self, keys: Keys, max_bytes: int) -> Records:
-        """The records of the range."""
-        return read_records(self._lines(max_bytes), keys, lambda line: parse_line(line, keys, max_bytes))
-
-    def _lines(self, max_bytes: int) -> Iterator[bytes | None]:
+    def _rows(self, max_bytes: int) -> Iterator[bytes | None]:
+        end = self.start + self.num_bytes
         with Path(self.name).open("rb") as file:
             if self.start:  # a line begins at `start` only when the byte before ends one
                 file.seek(self.start - 1)
-                _skip_line(file, self.end)
-            while file.tell() < self.end and (line := read_line(file, max_bytes)) != b"":
+                _skip_line(file, end)
+            while file.tell() < end and (line := read_line(file, max_bytes)) != b"":
                 yield line
 
 
 @dataclass(frozen=True)
-class Lines:
+class Lines(_JsonLines):
     """JSON lines in memory, after `before` others; None stands for one that was too long."""
 
-    unit: ClassVar[str] = "line"
-    name: str
-    num_bytes: int
     before: int
     lines: list[bytes | None]
 
@@ -76,18 +84,15 @@ class Lines:
         """Line number in the file."""
         return f"{self.name} line {self.before + record}"
 
-    def read(self, keys: Keys, max_bytes: int) -> Records:
-        """The records of the lines."""
-        return read_records(self.lines, keys, lambda line: parse_line(line, keys, max_bytes))
+    def _rows(self, max_bytes: int) -> list[bytes | None]:
+        return self.lines
 
 
 @dataclass(frozen=True)
-class Rows:
+class Rows(InputBlock):
     """Rows of a table, after `before` others: the UTF-8 text, or None, under each key."""
 
-    unit: ClassVar[str] = "row"
-    name: str
-    num_bytes: int
+    unit = "row"
     before: int
     columns: list[list[bytes | None]]
 
@@ -95,37 +100,30 @@ class Rows:
         """Row number in the table."""
         return f"{self.name} row {self.before + record}"
 
-    def read(self, keys: Keys, max_bytes: int) -> Records:
-        """The records of the rows."""
+    def _rows(self, max_bytes: int) -> Iterable[tuple[bytes | None, ...]]:
+        return zip(*self.columns, strict=True)
 
-        def texts_of(row: tuple[bytes | None, ...]) -> list[str]:
-            return [decode(value, key, max_bytes) for value, key in zip(row, keys, strict=True)]
-
-        return read_records(zip(*self.columns, strict=True), keys, texts_of)
+    def _texts(self, row: tuple[bytes | None, ...], keys: Keys, max_bytes: int) -> list[str]:
+        return [decode(value, key, max_bytes) for value, key in zip(row, keys, strict=True)]
 
 
 @dataclass(frozen=True)
-class TextFile:
+class TextFile(InputBlock):
     """A whole file that is one document, whatever the keys are."""
 
-    unit: ClassVar[str] = "document"
-    name: str
-    num_bytes: int
+    unit = "document"
 
     def describe(self, record: int) -> str:
         """The file."""
         return self.name
 
-    def read(self, keys: Keys, max_bytes: int) -> Records:
-        """The one record."""
+    def _rows(self, max_bytes: int) -> list[bytes]:
         path = Path(self.name)
         with path.open("rb") as raw, decompressed(raw, path) as file:
-            content = file.read(max_bytes + 1)
+            return [file.read(max_bytes + 1)]
 
-        def texts_of(content: bytes) -> list[str]:
-            return [decode(content, "text", max_bytes).removeprefix("\ufeff")] * len(keys)
-
-        return read_records([content], keys, texts_of)
+    def _texts(self, row: bytes, keys: Keys, max_bytes: int) -> list[str]:
+        return [decode(row, "text", max_bytes).removeprefix("\ufeff")] * len(keys)
 
 
 def read_line(file: BinaryIO, max_bytes: int) -> bytes | None:

@@ -1,14 +1,11 @@
 """Records: lines of JSON, rows of a table, whole files; and the texts that they hold."""
 
 import json
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from megalite.data.error import DataError
 
 Keys = tuple[str, ...]
-Row = TypeVar("Row")
 
 
 class RecordError(DataError):
@@ -28,25 +25,12 @@ class Records:
     num_records: int = 0
     bad_records: list[tuple[int, str]] = field(default_factory=list)
 
-
-def read_records(rows: Iterable[Row], keys: Keys, texts_of: Callable[[Row], list[str] | None]) -> Records:
-    """The records of `rows`; those for which `texts_of` raises RecordError are left out.
-
-    texts_of: gives the text under each key, or None for a row that is blank.
-    """
-    found = Records([[] for _ in keys])
-    for number, row in enumerate(rows, 1):
-        found.num_records = number
-        try:
-            texts = texts_of(row)
-        except RecordError as error:
-            found.bad_records.append((number, str(error)))
-            continue
+    def add(self, texts: list[str] | None) -> None:
+        """Keep the texts of the record that was counted last; None for a blank one."""
         if texts is not None:
-            found.numbers.append(number)
-            for column, text in zip(found.texts, texts, strict=True):
+            self.numbers.append(self.num_records)
+            for column, text in zip(self.texts, texts, strict=True):
                 column.append(text)
-    return found
 
 
 def parse_line(line: bytes | None, keys: Keys, max_bytes: int) -> list[str] | None:

@@ -25,19 +25,8 @@ BLOCK_BYTES = 1 << 18
 MAX_TEXT_BYTES = 1 << 26  # of a record that is read whole, to learn from
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _NOT_TEXT = (
-    ".xz",
-    ".zip",
-    ".tar",
-    ".tgz",
-    ".7z",
-    ".arrow",
-    ".bin",
-    ".idx",
-    ".npy",
-    ".ds",
-    ".pt",
-    ".safetensors",
-)
+    ".xz", ".zip", ".tar", ".tgz", ".7z", ".arrow", ".bin", ".idx", ".npy", ".ds", ".pt", ".safetensors",
+)  # fmt: skip
 
 
 class Source(Protocol):
@@ -64,7 +53,7 @@ class PlainLines:
     def blocks(self, max_bytes: int) -> Iterator[InputBlock]:
         """Byte ranges, which workers read."""
         for start in range(0, self.num_bytes, BLOCK_BYTES):
-            yield LineRange(self.name, start, min(start + BLOCK_BYTES, self.num_bytes))
+            yield LineRange(self.name, min(BLOCK_BYTES, self.num_bytes - start), start)
 
 
 @dataclass(frozen=True)
