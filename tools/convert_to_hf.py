@@ -10,10 +10,11 @@ import torch
 from tqdm import tqdm
 
 from megalite.checkpoint.format import CheckpointError
-from megalite.checkpoint.hf import DTYPES, export, largest_difference, llama_shapes, read_config
+from megalite.checkpoint.hf import DTYPES, export, largest_difference, read_config
 from megalite.checkpoint.load import TensorReader, find_checkpoint
 from megalite.config.load import ConfigError
 from megalite.config.model import ModelConfig
+from megalite.model.flops import num_parameters
 from megalite.model.llama import LlamaStage
 from megalite.tokenizer.error import TokenizerError
 from megalite.tokenizer.load import BYTES, load_tokenizer
@@ -94,8 +95,8 @@ def convert(arguments: argparse.Namespace) -> int:
     default = run.data.tokenizer or (BYTES if run.data.train is None else None)
     tokenizer = open_tokenizer(arguments.tokenizer or default, run.model)
     model = with_end_of_text(run.model, tokenizer)
-    num_parameters = sum(torch.Size(shape).numel() for shape in llama_shapes(model).values())
-    total_bytes = num_parameters * DTYPES[arguments.dtype].itemsize
+    num_elements = num_parameters(model)
+    total_bytes = num_elements * DTYPES[arguments.dtype].itemsize
     with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="writing") as bar:
         export(
             checkpoint,
@@ -106,7 +107,7 @@ def convert(arguments: argparse.Namespace) -> int:
             add_files=partial(save_tokenizer, tokenizer, model),
             progress=bar.update,
         )
-    print(f"wrote {num_parameters:,} parameters of {checkpoint} to {arguments.output}")
+    print(f"wrote {num_elements:,} parameters of {checkpoint} to {arguments.output}")
     if tokenizer is None:
         print("without a tokenizer: name one with --tokenizer to add it", file=sys.stderr)
     return verify(checkpoint, arguments.output, model, arguments.dtype) if arguments.verify else 0

@@ -22,6 +22,7 @@ from megalite.checkpoint.tensor_file import Entry, sync_folder, write_tensor_fil
 from megalite.config.load import load_run
 from megalite.config.model import ModelConfig
 from megalite.config.run import RunConfig
+from megalite.model.table import model_table
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -30,37 +31,6 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 def read_config(checkpoint: Path) -> RunConfig:
     """The resolved configuration of the run that wrote the checkpoint."""
     return load_run(str(Path(checkpoint) / CONFIG))
-
-
-def llama_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """Name and shape of every tensor of Hugging Face's LlamaForCausalLM, in the order of its layers."""
-    hidden, inner = model.hidden_size, model.intermediate_size
-    q, kv = (n * model.head_dim for n in (model.num_attention_heads, model.num_key_value_heads))
-    attention: dict[str, Shape] = {
-        "self_attn.q_proj.weight": (q, hidden),
-        "self_attn.k_proj.weight": (kv, hidden),
-        "self_attn.v_proj.weight": (kv, hidden),
-        "self_attn.o_proj.weight": (hidden, q),
-    }
-    mlp: dict[str, Shape] = {
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
-    norms = {f"{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
-    biases = (_biases(attention) if model.attention_bias else {}) | (_biases(mlp) if model.mlp_bias else {})
-    layer = norms | attention | mlp | biases
-    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (model.vocab_size, hidden)}
-    for i in range(model.num_hidden_layers):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    shapes["model.norm.weight"] = (hidden,)
-    if not model.tie_word_embeddings:
-        shapes["lm_head.weight"] = (model.vocab_size, hidden)
-    return shapes
-
-
-def _biases(weights: dict[str, Shape]) -> dict[str, Shape]:
-    return {name.removesuffix("weight") + "bias": shape[:1] for name, shape in weights.items()}
 
 
 def hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -127,7 +97,7 @@ def export(
     try:
         entries = [
             Entry(name, shape, DTYPES[dtype], partial(_read_cast, reader, name, DTYPES[dtype], progress))
-            for name, shape in llama_shapes(model).items()
+            for name, shape in _shapes_of(model).items()
         ]
         _write_shards(aside, entries, max_shard_bytes)
         _write_json(aside / "config.json", config)
@@ -144,9 +114,13 @@ def export(
     return output
 
 
+def _shapes_of(model: ModelConfig) -> dict[str, Shape]:
+    return {row.name: row.shape for row in model_table(model)}
+
+
 def check_names(reader: TensorReader, model: ModelConfig) -> None:
     """Raise CheckpointError unless the checkpoint's weights are exactly those of the model."""
-    expected, stored = llama_shapes(model), reader.manifest.shapes("weight")
+    expected, stored = _shapes_of(model), reader.manifest.shapes("weight")
     for name in [*expected, *stored]:
         if stored.get(name) != expected.get(name):
             there, here = (list(s[name]) if name in s else "absent" for s in (stored, expected))
@@ -240,6 +214,6 @@ def build_transformers_model(checkpoint: Path, model: ModelConfig, dtype: str = 
 
     reader = TensorReader(checkpoint)
     check_names(reader, model)
-    weights = {name: _read_cast(reader, name, DTYPES[dtype]) for name in llama_shapes(model)}
+    weights = {name: _read_cast(reader, name, DTYPES[dtype]) for name in _shapes_of(model)}
     config = LlamaConfig.from_dict(hf_config(model, dtype))
     return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=DTYPES[dtype])

@@ -15,10 +15,10 @@ from megalite.checkpoint.hf import (
     export,
     hf_config,
     largest_difference,
-    llama_shapes,
     read_config,
 )
 from megalite.config.model import ModelConfig
+from megalite.model.table import model_table
 from tests.checkpoint.llamas import VARIANTS, logits, random_llama, save_llama, tiny_run
 
 
@@ -137,13 +137,19 @@ def test_the_config_is_spelled_for_transformers_4_and_5():
         assert plain[token] is None  # absent would mean 1 or 2
 
 
-def test_the_names_and_shapes_are_those_of_transformers():
-    for variant in VARIANTS:
-        model = tiny_run(variant).model
-        state = random_llama(model).state_dict()
-        if model.tie_word_embeddings:
-            del state["lm_head.weight"]
-        assert llama_shapes(model) == {name: tuple(tensor.shape) for name, tensor in state.items()}
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_table_and_the_export_hold_the_tensors_of_transformers(tmp_path, variant):
+    run = tiny_run(variant)
+    llama = random_llama(run.model)
+    state = {name: tuple(tensor.shape) for name, tensor in llama.state_dict().items()}
+    if run.model.tie_word_embeddings:
+        del state["lm_head.weight"]
+    table = {row.name: row.shape for row in model_table(run.model)}
+    assert table == state
+    exported = export(save_llama(tmp_path, llama, run), tmp_path / "hf")
+    with (exported / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    assert list(header)[1:] == list(table)  # in the table's order
 
 
 def test_special_tokens_go_into_both_configs(tmp_path):
