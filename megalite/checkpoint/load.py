@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from megalite.checkpoint.agreement import Gather, alone, on_all_ranks
 from megalite.checkpoint.format import (
+    CONFIG,
     STATE,
     CheckpointError,
     Manifest,
@@ -26,6 +27,8 @@ from megalite.checkpoint.format import (
 )
 from megalite.checkpoint.reshard import Window, overlaps
 from megalite.checkpoint.tensor_file import hash_file
+from megalite.config.load import load_run
+from megalite.config.run import RunConfig
 
 # Which checkpoint
 
@@ -68,6 +71,14 @@ def find_checkpoint(
     return None
 
 
+def require_checkpoint(path: Path, report: Callable[[str], None] = print) -> Path:
+    """What `find_checkpoint` finds, in one process. Raises CheckpointError when there is no checkpoint."""
+    checkpoint = find_checkpoint(path, report)
+    if checkpoint is None:
+        raise CheckpointError(f"no checkpoint in {path}: expected RUN_DIR/checkpoints")
+    return checkpoint
+
+
 def _candidates(path: Path) -> list[Path]:
     if folder_step(path) is None:
         return [step_folder(path, step) for step in reversed(list_steps(path))]
@@ -96,6 +107,11 @@ def _find_damage(folder: Path, rank: int, world_size: int) -> str | None:
 
 
 # What is in it
+
+
+def read_config(checkpoint: Path) -> RunConfig:
+    """The resolved configuration of the run that wrote the checkpoint."""
+    return load_run(str(Path(checkpoint) / CONFIG))
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
