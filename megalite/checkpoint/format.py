@@ -25,7 +25,6 @@ from megalite.error import UserError
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
-INCOMPLETE = ".tmp"  # suffix of a folder that is being written or removed
 
 Shape = tuple[int, ...]
 

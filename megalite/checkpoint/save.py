@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 from megalite.checkpoint.agreement import Gather, on_all_ranks
 from megalite.checkpoint.format import (
-    INCOMPLETE,
     MANIFEST,
     STATE,
     CheckpointError,
@@ -35,7 +34,8 @@ from megalite.checkpoint.format import (
 )
 from megalite.checkpoint.load import read_piece_table
 from megalite.checkpoint.reshard import check_coverage
-from megalite.checkpoint.tensor_file import Entry, sync_folder, write_tensor_file, write_text_file
+from megalite.checkpoint.tensor_file import Entry, write_tensor_file, write_text_file
+from megalite.files import ASIDE, sync_folder
 
 
 def save_checkpoint(
@@ -63,7 +63,7 @@ def save_checkpoint(
     the failing one, when something cannot be written or the pieces do not cover each tensor exactly once.
     """
     folder = step_folder(root, step)
-    aside = folder.with_name(folder.name + INCOMPLETE)
+    aside = folder.with_name(folder.name + ASIDE)
 
     def finish(shares: list[_Share]) -> None:
         tensors = _index(aside, shares)
@@ -87,7 +87,7 @@ def save_checkpoint(
 def _create(root: Path, aside: Path) -> None:
     """A fresh folder to write into. Whatever an interrupted save or removal left behind goes first."""
     root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob(f"step-*{INCOMPLETE}"):
+    for stale in root.glob(f"step-*{ASIDE}"):
         shutil.rmtree(stale, ignore_errors=True)
     aside.mkdir()
 
@@ -171,4 +171,4 @@ def _prune(root: Path, step: int, keep_last: int) -> None:
 
 def _bury(folder: Path) -> Path:
     """Take a checkpoint's name away before its files go: one half removed must not look like one damaged."""
-    return folder.rename(folder.with_name(f"{folder.name}.old{INCOMPLETE}"))
+    return folder.rename(folder.with_name(f"{folder.name}.old{ASIDE}"))

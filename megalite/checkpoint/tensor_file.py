@@ -9,7 +9,6 @@ The format is 8 bytes of header length (little-endian), a JSON header, then the 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 from megalite.checkpoint.format import FileEntry, Shape
+from megalite.files import sync
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -43,8 +43,7 @@ def write_tensor_file(path: Path, entries: Iterable[Entry], metadata: dict[str, 
         for chunk in _chunks(entries, metadata):
             file.write(chunk)
             digest.update(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
         return FileEntry(size_bytes=file.tell(), sha256=digest.hexdigest())
 
 
@@ -79,20 +78,10 @@ def write_text_file(path: Path, text: str) -> FileEntry:
     data = text.encode()
     with path.open("xb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
     return FileEntry(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable: a rename may otherwise be lost in a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
