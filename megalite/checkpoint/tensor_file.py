@@ -23,7 +23,7 @@ DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: `read` gives it when its turn comes."""
+    """A tensor to be written as `dtype`: `read` gives it, in any dtype, when its turn comes."""
 
     key: str
     shape: Shape
@@ -37,10 +37,18 @@ class Entry:
 
 def write_tensor_file(path: Path, entries: Iterable[Entry], metadata: dict[str, str]) -> FileEntry:
     """Write and sync a safetensors file; its size and sha256. All entries have the same dtype."""
-    entries = list(entries)
+    return _write(path, _chunks(list(entries), metadata))
+
+
+def write_text_file(path: Path, text: str) -> FileEntry:
+    """Write and sync a text file; its size and sha256."""
+    return _write(path, [text.encode()])
+
+
+def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
     digest = hashlib.sha256()
     with path.open("xb") as file:
-        for chunk in _chunks(entries, metadata):
+        for chunk in chunks:
             file.write(chunk)
             digest.update(chunk)
         sync(file)
@@ -50,10 +58,9 @@ def write_tensor_file(path: Path, entries: Iterable[Entry], metadata: dict[str, 
 def _chunks(entries: list[Entry], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
     yield _header(entries, metadata)
     for entry in entries:
-        tensor = entry.read().detach()
-        if tuple(tensor.shape) != tuple(entry.shape) or tensor.dtype != entry.dtype:
-            raise AssertionError(f"{entry.key}: announced {entry.shape}, got {tuple(tensor.shape)}")
-        flat = tensor.cpu().contiguous().as_strided((tensor.numel(),), (1,))
+        tensor = entry.read().detach().cpu().to(entry.dtype)
+        assert tuple(tensor.shape) == tuple(entry.shape), entry.key
+        flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
         yield flat.view(torch.uint8).numpy().data
 
 
@@ -71,15 +78,6 @@ def _header(entries: list[Entry], metadata: dict[str, str]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin on a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text
-
-
-def write_text_file(path: Path, text: str) -> FileEntry:
-    """Write and sync a text file; its size and sha256."""
-    data = text.encode()
-    with path.open("xb") as file:
-        file.write(data)
-        sync(file)
-    return FileEntry(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def hash_file(path: Path) -> str:
