@@ -6,17 +6,17 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from megalite.checkpoint.format import CheckpointError
-from megalite.checkpoint.hf import DTYPES, export, largest_difference, llama_shapes, read_config
-from megalite.checkpoint.load import TensorReader, find_checkpoint
-from megalite.config.load import ConfigError
+from megalite.checkpoint.hf import export
+from megalite.checkpoint.load import read_config, require_checkpoint
+from megalite.checkpoint.verification import verify
+from megalite.checkpoint.weights import DTYPES, Weights
 from megalite.config.model import ModelConfig
-from megalite.model.llama import LlamaStage
+from megalite.error import run_command
+from megalite.model.flops import num_parameters
 from megalite.tokenizer.error import TokenizerError
-from megalite.tokenizer.load import BYTES, load_tokenizer
+from megalite.tokenizer.load import load_tokenizer
 from megalite.tokenizer.tokenizer import Tokenizer
 
 EPILOG = """\
@@ -28,18 +28,12 @@ example:
   python tools/convert_to_hf.py --checkpoint runs/default/checkpoints --output exported --verify
 """
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-LOGITS_TOLERANCE = (
-    1e-4  # of the largest logit: two implementations add the same float32 numbers in other orders
-)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command; its exit status."""
     arguments = build_parser().parse_args(argv)
-    try:
-        return convert(arguments)
-    except (CheckpointError, ConfigError, TokenizerError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: convert(arguments))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,30 +80,26 @@ def parse_bytes(text: str) -> int:
 
 
 def convert(arguments: argparse.Namespace) -> int:
+    """Export, and verify if asked to; 0 when all is well."""
     print(f"checking the files of {arguments.checkpoint}", file=sys.stderr)
-    checkpoint = find_checkpoint(arguments.checkpoint, lambda line: print(line, file=sys.stderr))
-    if checkpoint is None:
-        raise CheckpointError(f"no checkpoint in {arguments.checkpoint}: expected RUN_DIR/checkpoints")
+    checkpoint = require_checkpoint(arguments.checkpoint, lambda line: print(line, file=sys.stderr))
     run = read_config(checkpoint)
-    default = run.data.tokenizer or (BYTES if run.data.train is None else None)
-    tokenizer = open_tokenizer(arguments.tokenizer or default, run.model)
-    model = with_end_of_text(run.model, tokenizer)
-    num_parameters = sum(torch.Size(shape).numel() for shape in llama_shapes(model).values())
-    total_bytes = num_parameters * DTYPES[arguments.dtype].itemsize
+    tokenizer = open_tokenizer(arguments.tokenizer or run.data.tokenizer, run.model)
+    weights = Weights(checkpoint, with_end_of_text(run.model, tokenizer), arguments.dtype)
+    num_elements = num_parameters(weights.model)
+    total_bytes = num_elements * DTYPES[weights.dtype].itemsize
     with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="writing") as bar:
         export(
-            checkpoint,
+            weights,
             arguments.output,
-            model=model,
-            dtype=arguments.dtype,
             max_shard_bytes=arguments.max_shard_size,
-            add_files=partial(save_tokenizer, tokenizer, model),
+            add_files=partial(save_tokenizer, tokenizer, run.model),
             progress=bar.update,
         )
-    print(f"wrote {num_parameters:,} parameters of {checkpoint} to {arguments.output}")
+    print(f"wrote {num_elements:,} parameters of {checkpoint} to {arguments.output}")
     if tokenizer is None:
         print("without a tokenizer: name one with --tokenizer to add it", file=sys.stderr)
-    return verify(checkpoint, arguments.output, model, arguments.dtype) if arguments.verify else 0
+    return prove(weights, arguments.output) if arguments.verify else 0
 
 
 def open_tokenizer(name: str | None, model: ModelConfig) -> Tokenizer | None:
@@ -137,44 +127,19 @@ def with_end_of_text(model: ModelConfig, tokenizer: Tokenizer | None) -> ModelCo
     return model.model_copy(update={"eos_token_id": tokenizer.eos_token_id})
 
 
-# Verification
-
-
-def verify(checkpoint: Path, output: Path, model: ModelConfig, dtype: str) -> int:
-    """Compare every weight, then the logits of two independent implementations; 0 when both agree."""
-    weights = largest_difference(checkpoint, output, dtype)
-    print(f"largest difference of a weight after the cast to {dtype}: {weights:g}")
-    logits, scale = logits_difference(checkpoint, output, model, dtype)
+def prove(weights: Weights, output: Path) -> int:
+    """Say how far the export is from its checkpoint; 0 when they agree."""
+    found = verify(weights, output)
+    print(f"largest difference of a weight after the cast to {weights.dtype}: {found.weight_difference:g}")
     print(
-        f"largest difference of a logit, transformers against megalite: {logits:g} (largest logit: {scale:g})"
+        f"largest difference of a logit, transformers against megalite: {found.logit_difference:g} "
+        f"(largest logit: {found.largest_logit:g})"
     )
-    if weights == 0 and logits <= LOGITS_TOLERANCE * scale:
+    if found.holds:
         print("verified")
         return 0
-    print(f"error: {output} does not agree with {checkpoint}", file=sys.stderr)
+    print(f"error: {output} does not agree with {weights.checkpoint}", file=sys.stderr)
     return 1
-
-
-@torch.no_grad()
-def logits_difference(checkpoint: Path, output: Path, model: ModelConfig, dtype: str) -> tuple[float, float]:
-    """(largest difference, largest logit) on random tokens, both in float32 from the weights as exported."""
-    from transformers import AutoModelForCausalLM
-
-    generator = torch.Generator().manual_seed(0)
-    length = min(model.max_position_embeddings, 128)
-    tokens = torch.randint(model.vocab_size, (2, length), generator=generator)
-    theirs = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)(tokens).logits
-    ours = build_megalite_model(checkpoint, model, dtype)(tokens).transpose(0, 1)[..., : model.vocab_size]
-    return (theirs - ours).abs().max().item(), theirs.abs().max().item()
-
-
-def build_megalite_model(checkpoint: Path, model: ModelConfig, dtype: str) -> LlamaStage:
-    """megalite's own model in one process, with the checkpoint's weights rounded to `dtype`."""
-    stage, reader = LlamaStage(model, dtype=torch.float32).eval(), TensorReader(checkpoint)
-    for parameter in stage.parameters():
-        spec = parameter.spec  # type: ignore[attr-defined]
-        parameter.copy_(spec.cut(reader.read("weight", spec.name).to(DTYPES[dtype])))
-    return stage
 
 
 if __name__ == "__main__":

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 
-from megalite.checkpoint.format import CheckpointError
-from megalite.checkpoint.hf import DTYPES, build_transformers_model, read_config
-from megalite.checkpoint.load import find_checkpoint
-from megalite.config.load import ConfigError
+from megalite.checkpoint.load import read_config, require_checkpoint
+from megalite.checkpoint.model import build_transformers_model
+from megalite.checkpoint.weights import DTYPES, Weights
 from megalite.config.model import ModelConfig
-from megalite.error import UserError
+from megalite.error import UserError, run_command
 from megalite.tokenizer.error import TokenizerError
-from megalite.tokenizer.load import BYTES, load_tokenizer
+from megalite.tokenizer.load import load_tokenizer
 from megalite.tokenizer.tokenizer import Tokenizer
 
 EPILOG = """\
@@ -32,13 +31,9 @@ class PromptError(UserError):
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command; its exit status."""
     arguments = build_parser().parse_args(argv)
-    try:
-        generate(arguments)
-    except (CheckpointError, ConfigError, TokenizerError, PromptError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_command(lambda: generate(arguments))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -89,11 +84,9 @@ def positive(kind: type[int] | type[float], zero: bool = False) -> Callable[[str
 
 
 def generate(arguments: argparse.Namespace) -> None:
-    checkpoint = find_checkpoint(arguments.checkpoint, lambda line: print(line, file=sys.stderr))
-    if checkpoint is None:
-        raise CheckpointError(f"no checkpoint in {arguments.checkpoint}: expected RUN_DIR/checkpoints")
+    checkpoint = require_checkpoint(arguments.checkpoint, lambda line: print(line, file=sys.stderr))
     run = read_config(checkpoint)
-    name = arguments.tokenizer or run.data.tokenizer or (BYTES if run.data.train is None else None)
+    name = arguments.tokenizer or run.data.tokenizer
     if name is None:
         raise TokenizerError(f"the run of {checkpoint} names no tokenizer: name it with --tokenizer")
     tokenizer = load_tokenizer(name)
@@ -101,7 +94,7 @@ def generate(arguments: argparse.Namespace) -> None:
     end = run.model.eos_token_id
     if end is None and tokenizer.eos_token is not None:
         end = tokenizer.eos_token_id
-    model = build_transformers_model(checkpoint, run.model, arguments.dtype).to(arguments.device)
+    model = build_transformers_model(Weights(checkpoint, run.model, arguments.dtype)).to(arguments.device)
     torch.manual_seed(arguments.seed)
     draw: dict[str, Any] = {"do_sample": False}
     if arguments.temperature:  # top_k 0: all tokens take part; transformers' default is 50

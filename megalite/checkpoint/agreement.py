@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from megalite.checkpoint.format import CheckpointError
+from megalite.error import told_to_users
 
 Gather = Callable[[Any], list[Any]]  # all-gathers a Python object over the ranks, in rank order
 Result = TypeVar("Result")
@@ -17,19 +18,22 @@ def alone(value: Any) -> list[Any]:
 def on_all_ranks(gather: Gather, action: Callable[[], Result]) -> Result:
     """Run an action on every rank; what it returned on this one.
 
-    Raises CheckpointError on every rank, naming the first that failed, when the action raised on any.
+    When it raised on any rank, every rank raises CheckpointError, which names the first that failed. Only a
+    rank whose error is no user's mistake raises that error itself: its traceback must be seen.
     """
     outcome: list[Result] = []
-    failure, cause = None, None
+    failure: Exception | None = None
     try:
         outcome.append(action())
     except Exception as error:  # whatever it is, the other ranks must hear of it
-        failure, cause = str(error) or type(error).__name__, error
-    everyone = gather(failure)
+        failure = error
+    everyone = gather(failure and (told_to_users(failure) or f"{type(failure).__name__}: {failure}"))
+    if failure and told_to_users(failure) is None:
+        raise failure
     failures = [(rank, text) for rank, text in enumerate(everyone) if text is not None]
     if not failures:
         return outcome[0]
     rank, text = failures[0]
     who = f"rank {rank}: " if len(everyone) > 1 else ""
     more = f" (and on {len(failures) - 1} more ranks)" if len(failures) > 1 else ""
-    raise CheckpointError(f"{who}{text}{more}") from cause
+    raise CheckpointError(f"{who}{text}{more}") from failure

@@ -2,9 +2,9 @@
 
     RUN_DIR/checkpoints/step-00000100/
         manifest.json            every file's size and sha256, every tensor's shape; written last
-        state.json               step, consumed samples, random generators: whatever the trainer hands over
+        state.json               step, consumed samples: whatever the trainer hands over
         config.yaml, deepspeed.json
-        rank-00000.safetensors   the pieces that rank 0 owned, as flat float32 tensors
+        rank-00000.safetensors   the pieces that rank 0 owned, as flat float32 tensors, and a table of them
 
 The content does not depend on the layout that wrote it: a tensor is stored under its full logical name and
 shape, in pieces that say which box of the full tensor they lie in and which flat range of that box they are.
@@ -24,8 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megalite.error import UserError
 
 FORMAT_VERSION = 1
+STORED_DTYPE = torch.float32  # of every tensor
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
-INCOMPLETE = ".tmp"  # suffix of a folder that is being written or removed
 
 Shape = tuple[int, ...]
 
@@ -50,10 +50,13 @@ class Piece:
     The rank holds the box `box_start`, `box_shape` of the full tensor (its tensor-parallel share, without
     padding); `tensor` is the flat range of that box which begins at `flat_start` (its data-parallel share).
 
-    kind:   "weight" (the fp32 master weight), "exp_avg" or "exp_avg_sq" (Adam's moments).
-    tensor: 1-D, on any device; float32 where owned. A live view: loading writes into it, and rounds to its
-        dtype where that is not float32 (a rank's bfloat16 copy of its weights).
+    kind:   "weight" (in the highest precision that there is), "buffer" (state that is no parameter), or the
+        optimizer's name for something that it keeps per element.
+    tensor: 1-D floats of at most 32 bits, on any device; stored as float32, which is exact. A live view:
+        loading writes into it, and rounds to its dtype (a rank's bfloat16 copy of its weights).
     owned:  this rank writes it. Over all ranks, each element of each (kind, name) is owned exactly once.
+
+    Raises CheckpointError for integers and other tensors that float32 does not hold.
     """
 
     name: str
@@ -66,18 +69,23 @@ class Piece:
     owned: bool = True
 
     def __post_init__(self) -> None:
-        shape, dtype = tuple(self.tensor.shape), self.tensor.dtype
-        if len(shape) != 1 or (self.owned and dtype != torch.float32):
-            raise CheckpointError(f"{self.kind} {self.name}: a piece is 1-D float32, not {shape} of {dtype}")
-        check_region(self.region, self.full_shape, f"{self.kind} {self.name}")
+        dtype, what = self.tensor.dtype, f"{self.kind} {self.name}"
+        if not dtype.is_floating_point or dtype.itemsize > STORED_DTYPE.itemsize:
+            raise CheckpointError(
+                f"{what}: {dtype} does not fit into {STORED_DTYPE}, as which it would be stored: "
+                "let the trainer's state hold it"
+            )
+        if self.tensor.ndim != 1:
+            raise CheckpointError(f"{what}: a piece is 1-D, not {tuple(self.tensor.shape)}")
+        check_region(self.region, self.full_shape, what)
 
     @property
     def region(self) -> Region:
         return Region(tuple(self.box_start), tuple(self.box_shape), self.flat_start, self.tensor.numel())
 
 
-class StoredPiece(NamedTuple):
-    """A piece in a file: `key` names the file's tensor that holds it."""
+class PieceRow(NamedTuple):
+    """A row of a file's table: its tensor `key` holds this region of a logical tensor."""
 
     key: str
     kind: str

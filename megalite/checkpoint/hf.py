@@ -1,66 +1,25 @@
-"""From a megalite checkpoint to a Hugging Face Llama folder, and to a Llama in memory.
+"""From a megalite checkpoint to a Hugging Face Llama folder.
 
-megalite's parameters carry Hugging Face's names, shapes and rotary layout, so there is nothing to rename, to
-transpose or to permute. What is left is the casting, the cutting into shards, and a config.json that
-transformers 4 and 5 both read right.
+megalite's parameters carry Hugging Face's names, shapes and order of rotary pairs, so there is nothing to
+rename, to transpose or to permute. What is left is the rounding, the cutting into shards, and a config.json
+that transformers 4 and 5 both read right.
 """
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
-from megalite.checkpoint.format import CONFIG, CheckpointError, Shape
-from megalite.checkpoint.load import TensorReader
-from megalite.checkpoint.tensor_file import Entry, sync_folder, write_tensor_file, write_text_file
-from megalite.config.load import load_run
+from megalite.checkpoint.format import CheckpointError
+from megalite.checkpoint.tensor_file import Entry, write_tensor_file, write_text_file
+from megalite.checkpoint.weights import DTYPES, Weights
 from megalite.config.model import ModelConfig
-from megalite.config.run import RunConfig
+from megalite.files import folder_aside
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def read_config(checkpoint: Path) -> RunConfig:
-    """The resolved configuration of the run that wrote the checkpoint."""
-    return load_run(str(Path(checkpoint) / CONFIG))
-
-
-def llama_shapes(model: ModelConfig) -> dict[str, Shape]:
-    """Name and shape of every tensor of Hugging Face's LlamaForCausalLM, in the order of its layers."""
-    hidden, inner = model.hidden_size, model.intermediate_size
-    q, kv = (n * model.head_dim for n in (model.num_attention_heads, model.num_key_value_heads))
-    attention: dict[str, Shape] = {
-        "self_attn.q_proj.weight": (q, hidden),
-        "self_attn.k_proj.weight": (kv, hidden),
-        "self_attn.v_proj.weight": (kv, hidden),
-        "self_attn.o_proj.weight": (hidden, q),
-    }
-    mlp: dict[str, Shape] = {
-        "mlp.gate_proj.weight": (inner, hidden),
-        "mlp.up_proj.weight": (inner, hidden),
-        "mlp.down_proj.weight": (hidden, inner),
-    }
-    norms = {f"{name}.weight": (hidden,) for name in ("input_layernorm", "post_attention_layernorm")}
-    biases = (_biases(attention) if model.attention_bias else {}) | (_biases(mlp) if model.mlp_bias else {})
-    layer = norms | attention | mlp | biases
-    shapes: dict[str, Shape] = {"model.embed_tokens.weight": (model.vocab_size, hidden)}
-    for i in range(model.num_hidden_layers):
-        shapes |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
-    shapes["model.norm.weight"] = (hidden,)
-    if not model.tie_word_embeddings:
-        shapes["lm_head.weight"] = (model.vocab_size, hidden)
-    return shapes
-
-
-def _biases(weights: dict[str, Shape]) -> dict[str, Shape]:
-    return {name.removesuffix("weight") + "bias": shape[:1] for name, shape in weights.items()}
 
 
 def hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -95,80 +54,42 @@ def hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
 
 
 def export(
-    checkpoint: Path,
+    weights: Weights,
     output: Path,
     *,
-    model: ModelConfig | None = None,
-    dtype: str = "bfloat16",
     max_shard_bytes: int = 5_000_000_000,
     add_files: Callable[[Path], object] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Path:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads. Memory: one tensor.
 
-    model:     default: as in the checkpoint's config.yaml.
-    dtype:     "float32", "bfloat16" or "float16".
     add_files: called with the folder before it gets its final name, to put a tokenizer into it.
-    progress:  called with the bytes of each tensor when it has been written.
+    progress:  called with the bytes of each tensor when it is about to be written.
 
-    Raises CheckpointError when `output` exists and is not an empty folder, when the checkpoint does not hold
-    exactly the tensors of `model`, or when a weight is too large for float16. Then `output` is not touched.
+    Raises CheckpointError when `output` exists and is not an empty folder, when transformers refuses such a
+    model, or when a weight is too large for float16. Then `output` is not touched.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} exists and is not an empty folder: remove it or name another")
-    reader = TensorReader(checkpoint)
-    model = model or read_config(checkpoint).model
-    check_names(reader, model)
-    config = hf_config(model, dtype)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f"{output.name}.{os.getpid()}.tmp")
-    aside.mkdir()
-    try:
-        entries = [
-            Entry(name, shape, DTYPES[dtype], partial(_read_cast, reader, name, DTYPES[dtype], progress))
-            for name, shape in llama_shapes(model).items()
-        ]
-        _write_shards(aside, entries, max_shard_bytes)
-        _write_json(aside / "config.json", config)
-        tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write_json(aside / "generation_config.json", {k: v for k, v in tokens.items() if v is not None})
+    config = hf_config(weights.model, weights.dtype)
+    with folder_aside(output) as aside:
+        _write_shards(aside, _entries(weights, progress), max_shard_bytes)
+        _write_configs(aside, config)
         if add_files:
             add_files(aside)
-        sync_folder(aside)
-        aside.rename(output)
-        sync_folder(output.parent)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
     return output
 
 
-def check_names(reader: TensorReader, model: ModelConfig) -> None:
-    """Raise CheckpointError unless the checkpoint's weights are exactly those of the model."""
-    expected, stored = llama_shapes(model), reader.manifest.shapes("weight")
-    for name in [*expected, *stored]:
-        if stored.get(name) != expected.get(name):
-            there, here = (list(s[name]) if name in s else "absent" for s in (stored, expected))
-            raise CheckpointError(
-                f"weight {name} is {there} in {reader.checkpoint} and {here} in the model of its {CONFIG}"
-            )
+def _entries(weights: Weights, progress: Callable[[int], object] | None) -> list[Entry]:
+    def read(name: str) -> torch.Tensor:
+        tensor = weights.read(name)
+        if progress:
+            progress(tensor.nbytes)
+        return tensor
 
-
-def _read_cast(
-    reader: TensorReader, name: str, dtype: torch.dtype, progress: Callable[[int], object] | None = None
-) -> torch.Tensor:
-    full = reader.read("weight", name)
-    cast = full.to(dtype)
-    if (cast.isinf() & full.isfinite()).any():
-        largest = full[full.isfinite()].abs().max()
-        limit = torch.finfo(dtype).max
-        raise CheckpointError(
-            f"weight {name} reaches {largest:.4g}, {dtype} ends at {limit:.4g}: use float32"
-        )
-    if progress:
-        progress(cast.nbytes)
-    return cast
+    dtype = DTYPES[weights.dtype]
+    return [Entry(name, shape, dtype, partial(read, name)) for name, shape in weights.shapes.items()]
 
 
 def _write_shards(folder: Path, entries: list[Entry], max_shard_bytes: int) -> None:
@@ -197,49 +118,11 @@ def _shards(entries: list[Entry], max_bytes: int) -> Iterator[list[Entry]]:
     yield shard
 
 
+def _write_configs(folder: Path, config: Mapping[str, Any]) -> None:
+    _write_json(folder / "config.json", config)
+    tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _write_json(folder / "generation_config.json", {k: v for k, v in tokens.items() if v is not None})
+
+
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text_file(path, json.dumps(value, indent=2) + "\n")
-
-
-# Verification, and a Llama in memory
-
-
-def largest_difference(checkpoint: Path, exported: Path, dtype: str) -> float:
-    """Largest |exported - checkpoint| over all weights after the cast, read with the safetensors library.
-
-    Raises CheckpointError unless both have the same tensors, in the same shape and in `dtype`.
-    """
-    reader, files = TensorReader(checkpoint), _exported_files(exported)
-    different = files.keys() ^ reader.manifest.shapes("weight").keys()
-    if different:
-        raise CheckpointError(f"{min(different)} is only in one of {checkpoint} and {exported}")
-    largest = torch.zeros((), dtype=torch.float64)
-    for name, file in files.items():
-        expected = _read_cast(reader, name, DTYPES[dtype])
-        with safe_open(file, framework="pt") as source:
-            actual = source.get_tensor(name)
-        if (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
-            raise CheckpointError(f"{exported} has {name} as {actual.dtype} {list(actual.shape)}")
-        difference = (actual.double() - expected.double()).abs().max()
-        largest = torch.maximum(largest, difference)  # keeps a NaN, unlike max()
-    return largest.item()
-
-
-def _exported_files(exported: Path) -> dict[str, Path]:
-    """The file of every tensor, as the files themselves tell."""
-    files: dict[str, Path] = {}
-    for path in sorted(exported.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as source:
-            files |= dict.fromkeys(source.keys(), path)
-    return files
-
-
-def build_transformers_model(checkpoint: Path, model: ModelConfig, dtype: str = "float32") -> Any:
-    """A `transformers.LlamaForCausalLM` with the checkpoint's weights, without a file in between."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    reader = TensorReader(checkpoint)
-    check_names(reader, model)
-    weights = {name: _read_cast(reader, name, DTYPES[dtype]) for name in llama_shapes(model)}
-    config = LlamaConfig.from_dict(hf_config(model, dtype))
-    return LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=DTYPES[dtype])

@@ -10,13 +10,15 @@ from safetensors import SafetensorError, safe_open
 
 from megalite.checkpoint.agreement import Gather, alone, on_all_ranks
 from megalite.checkpoint.format import (
+    CONFIG,
     STATE,
+    STORED_DTYPE,
     CheckpointError,
     Manifest,
     Piece,
+    PieceRow,
     Region,
     Shape,
-    StoredPiece,
     check_region,
     folder_step,
     list_steps,
@@ -26,6 +28,8 @@ from megalite.checkpoint.format import (
 )
 from megalite.checkpoint.reshard import Window, overlaps
 from megalite.checkpoint.tensor_file import hash_file
+from megalite.config.load import load_run
+from megalite.config.run import RunConfig
 
 # Which checkpoint
 
@@ -68,6 +72,14 @@ def find_checkpoint(
     return None
 
 
+def require_checkpoint(path: Path, report: Callable[[str], None] = print) -> Path:
+    """What `find_checkpoint` finds, in one process. Raises CheckpointError when there is no checkpoint."""
+    checkpoint = find_checkpoint(path, report)
+    if checkpoint is None:
+        raise CheckpointError(f"no checkpoint in {path}: expected RUN_DIR/checkpoints")
+    return checkpoint
+
+
 def _candidates(path: Path) -> list[Path]:
     if folder_step(path) is None:
         return [step_folder(path, step) for step in reversed(list_steps(path))]
@@ -98,6 +110,11 @@ def _find_damage(folder: Path, rank: int, world_size: int) -> str | None:
 # What is in it
 
 
+def read_config(checkpoint: Path) -> RunConfig:
+    """The resolved configuration of the run that wrote the checkpoint."""
+    return load_run(str(Path(checkpoint) / CONFIG))
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     """What was given to `save_checkpoint` as `state`."""
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
@@ -109,22 +126,31 @@ def read_tensor(checkpoint: Path, kind: str, name: str) -> torch.Tensor:
 
 
 def load_pieces(
-    checkpoint: Path, pieces: Sequence[Piece], *, rank: int = 0, gather: Gather | None = None
+    checkpoint: Path,
+    pieces: Sequence[Piece],
+    *,
+    rank: int = 0,
+    gather: Gather | None = None,
+    ignore_other_kinds: bool = False,
 ) -> None:
     """Fill the live tensors of all pieces, owned or not, bit for bit, whatever layout wrote the checkpoint.
 
     rank:   whose file to open first; in an unchanged layout nearly everything is in it.
     gather: with it, all ranks call this together, an error on one is an error on all, and a tensor of the
-        checkpoint that no rank asks for is an error too (of the kinds that are asked for at all).
+        checkpoint that no rank asks for is an error too.
+    ignore_other_kinds: only the kinds that are asked for must fit, others stay where they are: a start from
+        the weights of another run.
 
-    Raises CheckpointError when a tensor is missing or has another shape; then nothing has been written.
+    Raises CheckpointError when a tensor is missing or has another shape, or when the kinds of state are other
+    ones (another optimizer's); then nothing has been written.
     The bytes are not verified again: `find_checkpoint` did that.
     """
     everywhere = gather or alone
     reader = on_all_ranks(everywhere, lambda: TensorReader(checkpoint))
+    asked = set().union(*everywhere({(piece.kind, piece.name) for piece in pieces}))
+    reader.check_kinds({kind for kind, _ in asked}, exactly=gather is not None and not ignore_other_kinds)
     on_all_ranks(everywhere, lambda: reader.check(pieces))
     if gather is not None:
-        asked = set().union(*gather({(piece.kind, piece.name) for piece in pieces}))
         reader.check_all_used(asked)  # the same on all ranks
     on_all_ranks(everywhere, lambda: reader.fill(pieces, first_rank=rank))
 
@@ -138,11 +164,12 @@ class TensorReader:
         self._shapes: dict[tuple[str, str], Shape] = {
             (entry.kind, entry.name): entry.full_shape for entry in self.manifest.tensors
         }
-        self._tables: dict[str, dict[tuple[str, str], list[StoredPiece]]] = {}
+        self._tables: dict[str, dict[tuple[str, str], list[PieceRow]]] = {}
 
     def read(self, kind: str, name: str) -> torch.Tensor:
+        """One full logical float32 tensor."""
         shape = self._shape(kind, name)
-        full = torch.empty(shape, dtype=torch.float32)
+        full = torch.empty(shape, dtype=STORED_DTYPE)
         self.fill([Piece(name, kind, shape, (0,) * len(shape), shape, 0, full.view(-1))])
         return full
 
@@ -156,13 +183,24 @@ class TensorReader:
                     f"{list(piece.full_shape)} in this model: use the model settings of its config.yaml"
                 )
 
+    def check_kinds(self, asked: set[str], *, exactly: bool) -> None:
+        """Raise CheckpointError unless the checkpoint has these kinds of state, and `exactly` these."""
+        stored = {kind for kind, _ in self._shapes}
+        if not asked <= stored or (exactly and asked != stored):
+            there, here = (", ".join(sorted(kinds)) or "nothing" for kinds in (stored, asked))
+            raise CheckpointError(
+                f"{self.checkpoint} holds {there} per tensor and this run has {here}: keep the optimizer and "
+                "the model that wrote it, or start another run with output_dir=..."
+            )
+
     def check_all_used(self, asked: set[tuple[str, str]]) -> None:
+        """Raise CheckpointError when the checkpoint has more tensors of the kinds that are asked for."""
         kinds = {kind for kind, _ in asked}
-        unused = sorted(name for kind, name in self._shapes if kind in kinds and (kind, name) not in asked)
+        unused = sorted(pair for pair in self._shapes.keys() - asked if pair[0] in kinds)
         if unused:
             raise CheckpointError(
-                f"{self.checkpoint} has {len(unused)} tensors that this model has not, {unused[0]} for one: "
-                "use the model settings of its config.yaml"
+                f"{self.checkpoint} has {len(unused)} tensors that this model has not, {' '.join(unused[0])} "
+                "for one: use the model settings of its config.yaml"
             )
 
     def fill(self, pieces: Sequence[Piece], *, first_rank: int = 0) -> None:
@@ -186,10 +224,10 @@ class TensorReader:
     def _fill_from(self, file: str, wanted: list[tuple[int, Piece]]) -> Iterable[tuple[int, int]]:
         """(index, elements filled) for each wanted piece that this file has a part of."""
         table = self._table(file)
-        hits = [(i, piece, table.get((piece.kind, piece.name), [])) for i, piece in wanted]
         with safe_open(self.checkpoint / file, framework="pt") as source:
-            for i, piece, stored in hits:
-                yield i, sum(_copy(source, part, piece) for part in stored)
+            for i, piece in wanted:
+                rows = table.get((piece.kind, piece.name), [])
+                yield i, sum(_copy(source, row, piece) for row in rows)
 
     def _shape(self, kind: str, name: str) -> Shape:
         try:
@@ -201,37 +239,37 @@ class TensorReader:
         ranks = sorted(range(self.manifest.world_size), key=lambda other: abs(other - rank))
         return [name for name in map(rank_file, ranks) if name in self.manifest.files]
 
-    def _table(self, file: str) -> dict[tuple[str, str], list[StoredPiece]]:
+    def _table(self, file: str) -> dict[tuple[str, str], list[PieceRow]]:
         if file not in self._tables:
-            table: dict[tuple[str, str], list[StoredPiece]] = {}
-            for piece in read_piece_table(self.checkpoint / file):
-                table.setdefault((piece.kind, piece.name), []).append(piece)
+            table: dict[tuple[str, str], list[PieceRow]] = {}
+            for row in read_piece_table(self.checkpoint / file):
+                table.setdefault((row.kind, row.name), []).append(row)
             self._tables[file] = table
         return self._tables[file]
 
 
-def read_piece_table(path: Path) -> list[StoredPiece]:
+def read_piece_table(path: Path) -> list[PieceRow]:
     """The pieces in a rank's file. Raises CheckpointError when the file is not one, or is cut off."""
     try:
         with safe_open(path, framework="pt") as file:
             rows = json.loads((file.metadata() or {})["pieces"])
-        pieces = [
-            StoredPiece(key, kind, name, tuple(shape), Region(tuple(start), tuple(box), flat_start, size))
+        table = [
+            PieceRow(key, kind, name, tuple(shape), Region(tuple(start), tuple(box), flat_start, size))
             for key, kind, name, shape, (start, box, flat_start, size) in rows
         ]
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
-    for piece in pieces:
-        check_region(piece.region, piece.full_shape, f"{path.name}: {piece.kind} {piece.name}")
-    return pieces
+    for row in table:
+        check_region(row.region, row.full_shape, f"{path.name}: {row.kind} {row.name}")
+    return table
 
 
-def _copy(source: Any, stored: StoredPiece, piece: Piece) -> int:
-    """Copy what the stored piece and the live one have in common; the number of elements."""
-    pairs = overlaps(stored.region, piece.region)
+def _copy(source: Any, row: PieceRow, piece: Piece) -> int:
+    """Copy what a file's tensor and a live piece have in common; the number of elements."""
+    pairs = overlaps(row.region, piece.region)
     if not pairs:
         return 0
-    flat = source.get_slice(stored.key)
+    flat = source.get_slice(row.key)
     return sum(_view(piece.tensor, here).copy_(_view(flat, there)).numel() for there, here in pairs)
 
 

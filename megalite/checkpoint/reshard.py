@@ -1,25 +1,25 @@
 """Where two pieces of one tensor meet (pure arithmetic on boxes and flat ranges).
 
 A piece is a flat range of a box. In the full tensor such a range is not rectangular: it begins and ends in
-the middle of a row. It is, though, a chain of at most 2 * ndim - 1 rectangular blocks, each of which is
-contiguous in the range:
+the middle of a row. It is, though, a chain of at most 2 * ndim - 1 rectangles, each of which is contiguous
+in the range:
 
     range 3:14 of a [4, 5] box      . . . a a      a: row 0, columns 3:5
                                     b b b b b      b: rows 1:2
                                     c c c c .      c: row 2, columns 0:4
 
-Two blocks meet in a rectangle, so a few strided copies per pair of pieces take any layout to any other.
+Two rectangles meet in a rectangle, so a few strided copies per pair of pieces take any layout to any other.
 """
 
 import math
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from megalite.checkpoint.format import CheckpointError, Region, Shape, StoredPiece
+from megalite.checkpoint.format import CheckpointError, PieceRow, Region, Shape
 
 
-class Block(NamedTuple):
-    """A rectangle at `start` that occupies elements [offset, offset + prod(shape)) of a piece, row-major."""
+class Rectangle(NamedTuple):
+    """It begins at `start` and is elements [offset, offset + prod(shape)) of a piece, row-major."""
 
     start: Shape
     shape: Shape
@@ -42,8 +42,8 @@ def overlaps(source: Region, target: Region) -> list[tuple[Window, Window]]:
     if not _boxes_meet(source, target):
         return []
     pairs = []
-    for mine in _blocks(source):
-        for theirs in _blocks(target):
+    for mine in _rectangles(source):
+        for theirs in _rectangles(target):
             low = tuple(map(max, mine.start, theirs.start))
             high = tuple(map(min, _end(mine), _end(theirs)))
             if all(first < last for first, last in zip(low, high, strict=True)):
@@ -68,15 +68,15 @@ def _boxes_meet(a: Region, b: Region) -> bool:
     return all(max(s, t) < min(s + m, t + n) for s, m, t, n in dims)
 
 
-def _blocks(region: Region) -> Iterator[Block]:
+def _rectangles(region: Region) -> Iterator[Rectangle]:
     offset = 0
-    for origin, shape in _rectangles(region.box_shape, region.start, region.start + region.size):
+    for origin, shape in _chain(region.box_shape, region.start, region.start + region.size):
         start = tuple(a + b for a, b in zip(region.box_start, origin, strict=True))
-        yield Block(start, shape, offset)
+        yield Rectangle(start, shape, offset)
         offset += math.prod(shape)
 
 
-def _rectangles(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]:
+def _chain(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]:
     """(origin, shape) of the rectangles that make up [start, stop) of a row-major tensor, in flat order."""
     if start >= stop:
         return
@@ -98,41 +98,41 @@ def _rectangles(shape: Shape, start: int, stop: int) -> Iterator[tuple[Shape, Sh
 
 
 def _inside_row(shape: Shape, row: int, start: int, stop: int) -> Iterator[tuple[Shape, Shape]]:
-    for origin, size in _rectangles(shape, start, stop):
+    for origin, size in _chain(shape, start, stop):
         yield (row, *origin), (1, *size)
 
 
-def _end(block: Block) -> Shape:
-    return tuple(a + b for a, b in zip(block.start, block.shape, strict=True))
+def _end(rectangle: Rectangle) -> Shape:
+    return tuple(a + b for a, b in zip(rectangle.start, rectangle.shape, strict=True))
 
 
-def _window(block: Block, low: Shape, high: Shape) -> Window:
-    """The rectangle [low, high) of a block. Only the rows that it touches lie between start and stop."""
-    if not block.shape:
-        return Window(block.offset, block.offset + 1, (), ())
-    rest = block.shape[1:]
+def _window(whole: Rectangle, low: Shape, high: Shape) -> Window:
+    """The part [low, high) of a rectangle. Only the rows that it touches lie between start and stop."""
+    if not whole.shape:
+        return Window(whole.offset, whole.offset + 1, (), ())
+    rest = whole.shape[1:]
     row = math.prod(rest)
-    first, last = low[0] - block.start[0], high[0] - block.start[0]
-    columns = (slice(a - s, b - s) for a, b, s in zip(low[1:], high[1:], block.start[1:], strict=True))
+    first, last = low[0] - whole.start[0], high[0] - whole.start[0]
+    columns = (slice(a - s, b - s) for a, b, s in zip(low[1:], high[1:], whole.start[1:], strict=True))
     return Window(
-        block.offset + first * row, block.offset + last * row, (last - first, *rest), (slice(None), *columns)
+        whole.offset + first * row, whole.offset + last * row, (last - first, *rest), (slice(None), *columns)
     )
 
 
 # Coverage
 
 
-def check_coverage(pieces: Iterable[StoredPiece]) -> None:
+def check_coverage(rows: Iterable[PieceRow]) -> None:
     """Raise CheckpointError unless the pieces hold every element of every (kind, name) exactly once."""
-    groups: dict[tuple[str, str], list[StoredPiece]] = {}
-    for piece in pieces:
-        groups.setdefault((piece.kind, piece.name), []).append(piece)
+    groups: dict[tuple[str, str], list[PieceRow]] = {}
+    for row in rows:
+        groups.setdefault((row.kind, row.name), []).append(row)
     for (kind, name), group in groups.items():
-        shapes = {piece.full_shape for piece in group}
+        shapes = {row.full_shape for row in group}
         if len(shapes) > 1:
             listed = " and ".join(map(str, sorted(shapes)))
             raise CheckpointError(f"{kind} {name} has more than one full shape: {listed}")
-        regions = list(_joined(piece.region for piece in group))
+        regions = list(_joined(row.region for row in group))
         _check_exact(regions, math.prod(group[0].full_shape), f"{kind} {name}")
 
 

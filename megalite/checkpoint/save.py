@@ -5,8 +5,8 @@
     3. rank 0 writes the manifest, syncs the folder, renames it to step-XXXXXXXX, and syncs the parent
     4. rank 0 removes checkpoints beyond `keep_last`
 
-All ranks agree on whether it went well: an error on one rank (a full disk) is a CheckpointError on all of
-them, and no rank is left waiting.
+All ranks agree on whether it went well: an error on one rank (a full disk) is an error on all of them, and no
+rank is left waiting.
 """
 
 import json
@@ -19,14 +19,14 @@ from typing import Any, NamedTuple
 
 from megalite.checkpoint.agreement import Gather, on_all_ranks
 from megalite.checkpoint.format import (
-    INCOMPLETE,
     MANIFEST,
     STATE,
+    STORED_DTYPE,
     CheckpointError,
     FileEntry,
     Manifest,
     Piece,
-    StoredPiece,
+    PieceRow,
     TensorEntry,
     format_manifest,
     list_steps,
@@ -35,7 +35,8 @@ from megalite.checkpoint.format import (
 )
 from megalite.checkpoint.load import read_piece_table
 from megalite.checkpoint.reshard import check_coverage
-from megalite.checkpoint.tensor_file import Entry, sync_folder, write_tensor_file, write_text_file
+from megalite.checkpoint.tensor_file import Entry, write_tensor_file, write_text_file
+from megalite.files import ASIDE, sync_folder
 
 
 def save_checkpoint(
@@ -60,10 +61,11 @@ def save_checkpoint(
     keep_last: checkpoints to keep, this one included; 0 keeps all.
 
     A checkpoint that already exists for this step is replaced. Raises CheckpointError on every rank, naming
-    the failing one, when something cannot be written or the pieces do not cover each tensor exactly once.
+    the failing one, when something cannot be written or the pieces do not cover each tensor exactly once; any
+    other error as itself on the rank where it happened.
     """
     folder = step_folder(root, step)
-    aside = folder.with_name(folder.name + INCOMPLETE)
+    aside = folder.with_name(folder.name + ASIDE)
 
     def finish(shares: list[_Share]) -> None:
         tensors = _index(aside, shares)
@@ -77,9 +79,11 @@ def save_checkpoint(
         on_all_ranks(gather, lambda: _create(root, aside) if rank == 0 else None)
         shares = gather(on_all_ranks(gather, lambda: _write_pieces(aside, pieces, rank)))
         on_all_ranks(gather, lambda: finish(shares) if rank == 0 else None)
-    except CheckpointError as error:
+    except Exception as error:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
+        if not isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{folder.name} was not saved: {error}") from error
     return folder
 
@@ -87,7 +91,7 @@ def save_checkpoint(
 def _create(root: Path, aside: Path) -> None:
     """A fresh folder to write into. Whatever an interrupted save or removal left behind goes first."""
     root.mkdir(parents=True, exist_ok=True)
-    for stale in root.glob(f"step-*{INCOMPLETE}"):
+    for stale in root.glob(f"step-*{ASIDE}"):
         shutil.rmtree(stale, ignore_errors=True)
     aside.mkdir()
 
@@ -108,7 +112,7 @@ def _write_pieces(aside: Path, pieces: Sequence[Piece], rank: int) -> _Share:
     aside.mkdir(exist_ok=True)  # a network file system may not show rank 0's folder here yet
     keys = [f"{piece.kind}/{piece.name}/{i}" for i, piece in enumerate(owned)]
     table = [
-        StoredPiece(key, piece.kind, piece.name, piece.full_shape, piece.region)
+        PieceRow(key, piece.kind, piece.name, piece.full_shape, piece.region)
         for key, piece in zip(keys, owned, strict=True)
     ]
     entries = [_entry(key, piece) for key, piece in zip(keys, owned, strict=True)]
@@ -117,7 +121,7 @@ def _write_pieces(aside: Path, pieces: Sequence[Piece], rank: int) -> _Share:
 
 
 def _entry(key: str, piece: Piece) -> Entry:
-    return Entry(key, (piece.tensor.numel(),), piece.tensor.dtype, lambda: piece.tensor)
+    return Entry(key, (piece.tensor.numel(),), STORED_DTYPE, lambda: piece.tensor)
 
 
 def _write_texts(aside: Path, state: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, FileEntry]:
@@ -127,11 +131,11 @@ def _write_texts(aside: Path, state: Mapping[str, Any], files: Mapping[str, str]
 
 def _index(aside: Path, shares: Sequence[_Share]) -> list[TensorEntry]:
     """The tensors in the ranks' files, as read back from them and checked to be whole."""
-    pieces: list[StoredPiece] = []
+    rows: list[PieceRow] = []
     for rank, share in enumerate(shares):
-        pieces += _read_back(aside / rank_file(rank), share.file) if share.file else []
-    check_coverage(pieces)
-    shapes = {(piece.kind, piece.name): piece.full_shape for piece in pieces}
+        rows += _read_back(aside / rank_file(rank), share.file) if share.file else []
+    check_coverage(rows)
+    shapes = {(row.kind, row.name): row.full_shape for row in rows}
     for kind, name in set().union(*(share.unwritten for share in shares)) - shapes.keys():
         raise CheckpointError(f"{kind} {name}: no rank owns a piece of it")
     return [
@@ -140,7 +144,7 @@ def _index(aside: Path, shares: Sequence[_Share]) -> list[TensorEntry]:
     ]
 
 
-def _read_back(path: Path, entry: FileEntry) -> list[StoredPiece]:
+def _read_back(path: Path, entry: FileEntry) -> list[PieceRow]:
     if not path.is_file() or path.stat().st_size != entry.size_bytes:
         raise CheckpointError(
             f"rank 0 does not see {path}: output_dir must be on storage that all ranks share"
@@ -171,4 +175,4 @@ def _prune(root: Path, step: int, keep_last: int) -> None:
 
 def _bury(folder: Path) -> Path:
     """Take a checkpoint's name away before its files go: one half removed must not look like one damaged."""
-    return folder.rename(folder.with_name(f"{folder.name}.old{INCOMPLETE}"))
+    return folder.rename(folder.with_name(f"{folder.name}.old{ASIDE}"))

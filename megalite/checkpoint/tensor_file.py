@@ -9,7 +9,6 @@ The format is 8 bytes of header length (little-endian), a JSON header, then the 
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,14 @@ from pathlib import Path
 import torch
 
 from megalite.checkpoint.format import FileEntry, Shape
+from megalite.files import sync
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to be written: `read` gives it when its turn comes."""
+    """A tensor to be written as `dtype`: `read` gives it, in any dtype, when its turn comes."""
 
     key: str
     shape: Shape
@@ -37,24 +37,30 @@ class Entry:
 
 def write_tensor_file(path: Path, entries: Iterable[Entry], metadata: dict[str, str]) -> FileEntry:
     """Write and sync a safetensors file; its size and sha256. All entries have the same dtype."""
-    entries = list(entries)
+    return _write(path, _chunks(list(entries), metadata))
+
+
+def write_text_file(path: Path, text: str) -> FileEntry:
+    """Write and sync a text file; its size and sha256."""
+    return _write(path, [text.encode()])
+
+
+def _write(path: Path, chunks: Iterable[bytes | memoryview]) -> FileEntry:
     digest = hashlib.sha256()
     with path.open("xb") as file:
-        for chunk in _chunks(entries, metadata):
+        for chunk in chunks:
             file.write(chunk)
             digest.update(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
         return FileEntry(size_bytes=file.tell(), sha256=digest.hexdigest())
 
 
 def _chunks(entries: list[Entry], metadata: dict[str, str]) -> Iterator[bytes | memoryview]:
     yield _header(entries, metadata)
     for entry in entries:
-        tensor = entry.read().detach()
-        if tuple(tensor.shape) != tuple(entry.shape) or tensor.dtype != entry.dtype:
-            raise AssertionError(f"{entry.key}: announced {entry.shape}, got {tuple(tensor.shape)}")
-        flat = tensor.cpu().contiguous().as_strided((tensor.numel(),), (1,))
+        tensor = entry.read().detach().cpu().to(entry.dtype)
+        assert tuple(tensor.shape) == tuple(entry.shape), entry.key
+        flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
         yield flat.view(torch.uint8).numpy().data
 
 
@@ -74,25 +80,6 @@ def _header(entries: list[Entry], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_text_file(path: Path, text: str) -> FileEntry:
-    """Write and sync a text file; its size and sha256."""
-    data = text.encode()
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    return FileEntry(size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-
 def hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable: a rename may otherwise be lost in a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -23,6 +23,7 @@ TINY = {
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "tied": {"tie_word_embeddings": True},
+    "biases": {"attention_bias": True, "mlp_bias": True},
     "wide heads": {"head_dim": 16},
     "theta": {"rope_theta": 500000.0, "rms_norm_eps": 1e-3},
     "linear": {"rope_theta": 50000.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
@@ -40,6 +41,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def tiny_run(variant: str = "plain", **data: Any) -> RunConfig:
+    """A run of a tiny model; without `data`, what a run that names none has in its config.yaml."""
+    data = data or {"train": ["data/python"], "tokenizer": "bytes"}
     model = ModelConfig(**(TINY | VARIANTS[variant]))
     return RunConfig.model_validate({"model": model.model_dump(), "data": data})
 

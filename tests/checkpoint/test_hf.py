@@ -8,17 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from megalite.checkpoint import hf
 from megalite.checkpoint.format import CheckpointError
-from megalite.checkpoint.hf import (
-    build_transformers_model,
-    export,
-    hf_config,
-    largest_difference,
-    llama_shapes,
-    read_config,
-)
+from megalite.checkpoint.hf import export, hf_config
+from megalite.checkpoint.load import read_config
+from megalite.checkpoint.model import build_transformers_model
+from megalite.checkpoint.verification import largest_difference
+from megalite.checkpoint.weights import DTYPES, Weights
 from megalite.config.model import ModelConfig
+from megalite.model.table import model_table
 from tests.checkpoint.llamas import VARIANTS, logits, random_llama, save_llama, tiny_run
 
 
@@ -35,9 +32,9 @@ def test_logits_of_the_export_equal_the_originals_exactly(tmp_path, variant):
     original = random_llama(run.model)
     checkpoint = save_llama(tmp_path, original, run)
     expected = logits(original)
-    loaded = load(export(checkpoint, tmp_path / "hf", dtype="float32"))
+    loaded = load(export(Weights(checkpoint, run.model), tmp_path / "hf"))
     assert logits(loaded).equal(expected)
-    assert logits(build_transformers_model(checkpoint, run.model)).equal(expected)
+    assert logits(build_transformers_model(Weights(checkpoint, run.model))).equal(expected)
     own = read_config(checkpoint).model
     assert (own.tie_word_embeddings, own) == (run.model.tie_word_embeddings, run.model)
 
@@ -47,7 +44,7 @@ def test_another_config_gives_other_logits(tmp_path, variant):
     """The control: what the variant sets is seen in the logits, so the equality above is not empty."""
     run = tiny_run(variant)
     original = random_llama(run.model)
-    exported = export(save_llama(tmp_path, original, run), tmp_path / "hf", dtype="float32")
+    exported = export(Weights(save_llama(tmp_path, original, run), run.model), tmp_path / "hf")
     changed = json.loads((exported / "config.json").read_text())
     if variant == "wide heads":
         changed |= {"num_key_value_heads": 4, "num_attention_heads": 8, "head_dim": 8}
@@ -73,23 +70,23 @@ def test_a_wrong_converter_is_noticed(tmp_path, monkeypatch, wrong):
     run = tiny_run()
     original = random_llama(run.model)
     checkpoint = save_llama(tmp_path, original, run)
-    read = hf._read_cast
+    read = Weights.read
     ((part, other),) = wrong.items()
 
-    def read_wrong(reader, name, *args):
+    def read_wrong(weights, name):
         if part not in name:
-            return read(reader, name, *args)
+            return read(weights, name)
         if other == "transpose":
-            return read(reader, name, *args).T.contiguous()
-        if other == "permute":  # the layout of Meta's own files: pairs (2j, 2j+1)
-            return read(reader, name, *args).view(4, 4, 2, 32).transpose(1, 2).reshape(32, 32)
-        return read(reader, name.replace(part, other), *args)
+            return read(weights, name).T.contiguous()
+        if other == "permute":  # the order of Meta's own files: pairs (2j, 2j+1)
+            return read(weights, name).view(4, 4, 2, 32).transpose(1, 2).reshape(32, 32)
+        return read(weights, name.replace(part, other))
 
-    monkeypatch.setattr(hf, "_read_cast", read_wrong)
-    exported = export(checkpoint, tmp_path / "hf", dtype="float32")
+    monkeypatch.setattr(Weights, "read", read_wrong)
+    exported = export(Weights(checkpoint, run.model), tmp_path / "hf")
     monkeypatch.undo()
     assert (logits(load(exported)) - logits(original)).abs().max() > 1e-3
-    assert largest_difference(checkpoint, exported, "float32") > 0
+    assert largest_difference(Weights(checkpoint, run.model), exported) > 0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -97,20 +94,20 @@ def test_weights_are_rounded_once_to_the_asked_dtype(tmp_path, dtype):
     run = tiny_run()
     original = random_llama(run.model)
     checkpoint = save_llama(tmp_path, original, run)
-    exported = export(checkpoint, tmp_path / "hf", dtype=dtype)
-    loaded = load(exported, dtype=hf.DTYPES[dtype]).state_dict()
+    exported = export(Weights(checkpoint, run.model, dtype), tmp_path / "hf")
+    loaded = load(exported, dtype=DTYPES[dtype]).state_dict()
     for name, weight in original.state_dict().items():
-        assert loaded[name].equal(weight.to(hf.DTYPES[dtype]))
-    assert largest_difference(checkpoint, exported, dtype) == 0
+        assert loaded[name].equal(weight.to(DTYPES[dtype]))
+    assert largest_difference(Weights(checkpoint, run.model, dtype), exported) == 0
     with pytest.raises(CheckpointError, match="as torch"):
-        largest_difference(checkpoint, exported, "float32")
+        largest_difference(Weights(checkpoint, run.model), exported)
 
 
 def test_shards_hold_every_tensor_once_and_stay_below_the_limit(tmp_path):
     run = tiny_run()
     original = random_llama(run.model)
     checkpoint = save_llama(tmp_path, original, run)
-    exported = export(checkpoint, tmp_path / "hf", dtype="float32", max_shard_bytes=20_000)
+    exported = export(Weights(checkpoint, run.model), tmp_path / "hf", max_shard_bytes=20_000)
     index = json.loads((exported / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in exported.glob("*.safetensors"))
     assert len(files) > 3
@@ -137,19 +134,26 @@ def test_the_config_is_spelled_for_transformers_4_and_5():
         assert plain[token] is None  # absent would mean 1 or 2
 
 
-def test_the_names_and_shapes_are_those_of_transformers():
-    for variant in VARIANTS:
-        model = tiny_run(variant).model
-        state = random_llama(model).state_dict()
-        if model.tie_word_embeddings:
-            del state["lm_head.weight"]
-        assert llama_shapes(model) == {name: tuple(tensor.shape) for name, tensor in state.items()}
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_table_and_the_export_hold_the_tensors_of_transformers(tmp_path, variant):
+    run = tiny_run(variant)
+    llama = random_llama(run.model)
+    state = {name: tuple(tensor.shape) for name, tensor in llama.state_dict().items()}
+    if run.model.tie_word_embeddings:
+        del state["lm_head.weight"]
+    table = {row.name: row.shape for row in model_table(run.model)}
+    assert table == state
+    exported = export(Weights(save_llama(tmp_path, llama, run), run.model), tmp_path / "hf")
+    with (exported / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    assert list(header)[1:] == list(table)  # in the table's order
 
 
 def test_special_tokens_go_into_both_configs(tmp_path):
     run = tiny_run()
     checkpoint = save_llama(tmp_path, random_llama(run.model), run)
-    exported = export(checkpoint, tmp_path / "hf", model=run.model.model_copy(update={"eos_token_id": 256}))
+    model = run.model.model_copy(update={"eos_token_id": 256})
+    exported = export(Weights(checkpoint, model), tmp_path / "hf")
     generation = json.loads((exported / "generation_config.json").read_text())
     assert generation == {"eos_token_id": 256}
     assert json.loads((exported / "config.json").read_text())["eos_token_id"] == 256
@@ -158,14 +162,14 @@ def test_special_tokens_go_into_both_configs(tmp_path):
 
 def test_an_existing_folder_is_not_overwritten_and_an_empty_one_is_filled(tmp_path):
     run = tiny_run()
-    checkpoint = save_llama(tmp_path, random_llama(run.model), run)
+    weights = Weights(save_llama(tmp_path, random_llama(run.model), run), run.model)
     full, empty = tmp_path / "full", tmp_path / "empty"
     full.mkdir(), empty.mkdir()
     (full / "precious").touch()
     with pytest.raises(CheckpointError, match="exists and is not an empty folder"):
-        export(checkpoint, full)
+        export(weights, full)
     assert [path.name for path in full.iterdir()] == ["precious"]
-    assert (export(checkpoint, empty) / "model.safetensors").exists()
+    assert (export(weights, empty) / "model.safetensors").exists()
 
 
 def test_a_failed_export_leaves_nothing(tmp_path):
@@ -177,9 +181,9 @@ def test_a_failed_export_leaves_nothing(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"lm_head.weight reaches 7e\+04, torch.float16 ends at 6.55e\+04"
     ):
-        export(checkpoint, tmp_path / "hf", dtype="float16")
+        export(Weights(checkpoint, run.model, "float16"), tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
-    assert export(checkpoint, tmp_path / "hf", dtype="bfloat16").exists()
+    assert export(Weights(checkpoint, run.model, "bfloat16"), tmp_path / "hf").exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
@@ -192,7 +196,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     ]
     for change, message in changes:
         with pytest.raises(CheckpointError, match=message):
-            export(checkpoint, tmp_path / "hf", model=run.model.model_copy(update=change))
+            Weights(checkpoint, run.model.model_copy(update=change))
 
 
 def test_a_shape_that_transformers_refuses_is_refused_here():

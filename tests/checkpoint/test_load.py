@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from megalite.checkpoint import load
 from megalite.checkpoint.format import CheckpointError, Piece
-from megalite.checkpoint.load import find_checkpoint, load_pieces, read_tensor
+from megalite.checkpoint.load import TensorReader, find_checkpoint, load_pieces, read_tensor
 from tests.checkpoint.test_reshard import SHAPES, borders
-from tests.checkpoint.worlds import Cut, blank, cut_all, even_cut, run_world, same_bits, save_world
+from tests.checkpoint.worlds import Cut, alone, blank, cut_all, even_cut, run_world, same_bits, save_world
 
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
+SIZES = {"embed": (10, 6), "column": (8, 6), "row": (6, 8), "norm": (6,)}
 
 
 def random_bits(shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -25,9 +26,8 @@ def random_bits(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 
 def model_tensors(scale: int = 0) -> dict[tuple[str, str], torch.Tensor]:
-    shapes = {"embed": (10, 6), "column": (8, 6), "row": (6, 8), "norm": (6,)}
-    pairs = [(kind, name) for kind in KINDS for name in shapes]
-    return {pair: random_bits(shapes[pair[1]], scale + i) for i, pair in enumerate(pairs)}
+    pairs = [(kind, name) for kind in KINDS for name in SIZES]
+    return {pair: random_bits(SIZES[pair[1]], scale + i) for i, pair in enumerate(pairs)}
 
 
 def layout(tp_size: int, dp_size: int):
@@ -114,6 +114,33 @@ def test_a_lower_precision_copy_is_filled_with_the_rounded_weights(tmp_path):
     assert copy.equal(master.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn], ids=str)
+def test_a_weight_that_lives_in_few_bits_alone_survives_exactly_in_any_layout(tmp_path, dtype):
+    full = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tensors = {("weight", "column"): full, ("weight", "norm"): torch.randn(6)}  # beside one in float32
+    checkpoint = save_world(tmp_path, 1, cut_all(tensors, layout(2, 3)))
+    stored = read_tensor(checkpoint, "weight", "column")
+    assert stored.dtype == torch.float32 and stored.equal(full.float())
+    expected = cut_all(tensors, layout(1, 2))
+    ranks = [blank(pieces) for pieces in expected]
+    run_world(2, lambda rank, gather: load_pieces(checkpoint, ranks[rank], rank=rank, gather=gather))
+    assert {piece.tensor.dtype for pieces in ranks for piece in pieces} == {dtype, torch.float32}
+    for pieces, wanted in zip(ranks, expected, strict=True):
+        assert all(a.tensor.float().equal(b.tensor.float()) for a, b in zip(pieces, wanted, strict=True))
+
+
+def test_a_state_may_have_any_kind(tmp_path):
+    """A kind is a word: an optimizer's own, or that of state which is no parameter."""
+    pairs = [("weight", "norm"), ("momentum", "norm"), ("scale/row", "norm"), ("buffer", "bias")]
+    tensors = {pair: random_bits((6,), seed) for seed, pair in enumerate(pairs)}
+    checkpoint = save_world(tmp_path, 1, cut_all(tensors, lambda *_: even_cut(None, dp_size=2)))
+    ranks = [blank(cut_all(tensors, lambda *_: even_cut(None))[0])]
+    run_world(1, lambda rank, gather: load_pieces(checkpoint, ranks[rank], gather=gather))
+    for piece in ranks[0]:
+        assert same_bits(piece.tensor, tensors[piece.kind, piece.name])
+    assert not same_bits(ranks[0][0].tensor, ranks[0][1].tensor)
+
+
 # What does not fit
 
 
@@ -142,10 +169,48 @@ def test_another_shape_is_an_error_with_both_shapes(tmp_path):
 
 def test_a_tensor_that_no_rank_asks_for_is_an_error_when_ranks_load_together(tmp_path):
     checkpoint = saved(tmp_path)
-    pieces = [whole("norm", (6,)), whole("embed", (10, 6)), whole("column", (8, 6))]
+    pieces = [whole(name, shape, kind) for kind in KINDS for name, shape in SIZES.items()]
+    load_pieces(checkpoint, pieces, gather=alone)
+    pieces = [piece for piece in pieces if (piece.kind, piece.name) != ("weight", "row")]
     load_pieces(checkpoint, pieces)
-    with pytest.raises(CheckpointError, match="1 tensors that this model has not, row for one"):
-        load_pieces(checkpoint, pieces, gather=lambda value: [value])
+    with pytest.raises(CheckpointError, match="1 tensors that this model has not, weight row for one"):
+        load_pieces(checkpoint, pieces, gather=alone)
+
+
+@pytest.mark.parametrize(
+    "kinds", [("weight", "momentum"), ("weight", "exp_avg"), ("weight",), (*KINDS, "buffer")]
+)
+def test_the_state_of_another_optimizer_is_refused_with_both_sets_of_kinds(tmp_path, kinds):
+    checkpoint = saved(tmp_path)
+    pieces = [whole(name, shape, kind) for kind in kinds for name, shape in SIZES.items()]
+    ours = ", ".join(sorted(kinds))
+    with pytest.raises(
+        CheckpointError, match=rf"holds exp_avg, exp_avg_sq, weight per tensor and this run has {ours}: keep"
+    ):
+        load_pieces(checkpoint, pieces, gather=alone)
+    assert all(piece.tensor.isnan().all() for piece in pieces)
+
+
+def test_a_start_from_another_runs_weights_ignores_its_optimizer_and_nothing_else(tmp_path):
+    checkpoint = saved(tmp_path)
+    pieces = [whole(name, shape) for name, shape in SIZES.items()]
+    load_pieces(checkpoint, pieces, gather=alone, ignore_other_kinds=True)
+    tensors = model_tensors()
+    assert all(same_bits(piece.tensor, tensors["weight", piece.name].view(-1)) for piece in pieces)
+    with pytest.raises(CheckpointError, match="1 tensors that this model has not"):
+        load_pieces(checkpoint, pieces[1:], gather=alone, ignore_other_kinds=True)
+    with pytest.raises(CheckpointError, match="this run has momentum: keep"):
+        load_pieces(checkpoint, [whole("norm", (6,), "momentum")], gather=alone, ignore_other_kinds=True)
+
+
+def test_weights_alone_are_a_checkpoint(tmp_path):
+    tensors = {pair: full for pair, full in model_tensors().items() if pair[0] == "weight"}
+    checkpoint = save_world(tmp_path, 1, cut_all(tensors, layout(2, 2)))
+    reader = TensorReader(checkpoint)
+    assert all(same_bits(reader.read(*pair), full) for pair, full in tensors.items())
+    pieces = [whole(name, shape, kind) for kind in KINDS for name, shape in SIZES.items()]
+    with pytest.raises(CheckpointError, match="holds weight per tensor and this run has exp_avg, exp_avg_sq"):
+        load_pieces(checkpoint, pieces, gather=alone)
 
 
 def test_an_error_on_one_rank_is_an_error_on_all(tmp_path):

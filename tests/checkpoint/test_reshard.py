@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalite.checkpoint.format import CheckpointError, Region, StoredPiece
+from megalite.checkpoint.format import CheckpointError, PieceRow, Region
 from megalite.checkpoint.reshard import check_coverage, overlaps
 from tests.checkpoint.worlds import Cut, cut_tensor
 
@@ -60,26 +60,24 @@ def test_equal_boxes_meet_in_one_plain_range():
     assert not rest and (there.start, there.stop, here.start, here.stop) == (5, 10, 0, 5)
 
 
-def stored(
-    start: int, size: int, box: tuple[tuple[int, ...], tuple[int, ...]] = ((0, 0), (4, 5))
-) -> StoredPiece:
-    return StoredPiece("key", "weight", "w", (4, 5), Region(*box, start, size))
+def row(start: int, size: int, box: tuple[tuple[int, ...], tuple[int, ...]] = ((0, 0), (4, 5))) -> PieceRow:
+    return PieceRow("key", "weight", "w", (4, 5), Region(*box, start, size))
 
 
 def test_pieces_that_hold_each_element_once_are_accepted():
-    check_coverage([stored(13, 7), stored(0, 13)])
-    check_coverage([stored(0, 8, ((0, 0), (4, 2))), stored(0, 12, ((0, 2), (4, 3)))])
+    check_coverage([row(13, 7), row(0, 13)])
+    check_coverage([row(0, 8, ((0, 0), (4, 2))), row(0, 12, ((0, 2), (4, 3)))])
 
 
 @pytest.mark.parametrize(
     ("pieces", "message"),
     [
-        ([stored(0, 13), stored(14, 6)], "hold 19 of 20 elements"),
-        ([stored(0, 14), stored(13, 7)], "two pieces hold the same elements"),
-        ([stored(0, 20), stored(0, 20)], "two pieces hold the same elements"),
-        ([stored(0, 8, ((0, 0), (4, 2))), stored(0, 16, ((0, 1), (4, 4)))], "two pieces hold the same"),
-        ([stored(0, 8, ((0, 0), (4, 2)))], "hold 8 of 20 elements"),
-        ([stored(0, 20), stored(0, 20)._replace(full_shape=(5, 4))], "more than one full shape"),
+        ([row(0, 13), row(14, 6)], "hold 19 of 20 elements"),
+        ([row(0, 14), row(13, 7)], "two pieces hold the same elements"),
+        ([row(0, 20), row(0, 20)], "two pieces hold the same elements"),
+        ([row(0, 8, ((0, 0), (4, 2))), row(0, 16, ((0, 1), (4, 4)))], "two pieces hold the same"),
+        ([row(0, 8, ((0, 0), (4, 2)))], "hold 8 of 20 elements"),
+        ([row(0, 20), row(0, 20)._replace(full_shape=(5, 4))], "more than one full shape"),
     ],
     ids=["gap", "overlap", "twice", "overlapping boxes", "missing box", "two shapes"],
 )

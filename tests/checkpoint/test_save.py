@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import traceback
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from megalite.checkpoint import save
 from megalite.checkpoint.format import CheckpointError, Piece, list_steps, read_manifest
 from megalite.checkpoint.load import find_checkpoint, read_state, read_tensor
 from megalite.checkpoint.save import save_checkpoint
-from tests.checkpoint.worlds import alone, cut_all, even_cut, save_world
+from tests.checkpoint.worlds import alone, cut_all, even_cut, run_world, save_world
 
 FULL = torch.arange(24, dtype=torch.float32).reshape(6, 4)
 NORM = torch.arange(4, dtype=torch.float32)
@@ -183,17 +184,38 @@ def test_a_tensor_that_nobody_owns_is_refused(tmp_path):
         save_alone(tmp_path, 1, [*one_rank(), orphan])
 
 
-def test_a_state_that_json_cannot_hold_is_one_clear_error(tmp_path):
-    with pytest.raises(CheckpointError, match=r"step-00000001 was not saved: .* is not JSON serializable"):
-        save_alone(tmp_path, 1, one_rank(), state={"rng": torch.zeros(2)})
+def test_a_bug_keeps_its_traceback_where_it_is_and_the_other_ranks_hear_of_it(tmp_path):
+    def save_on(rank, gather):
+        state = {"rng": torch.zeros(2)}  # which JSON does not hold
+        return save_checkpoint(
+            tmp_path, 1, ranks[rank], state, {}, rank=rank, world_size=4, gather=gather, keep_last=0
+        )
+
+    ranks = four_ranks()
+    first, *others = run_world(4, save_on)
+    assert type(first) is TypeError and "is not JSON serializable" in str(first)
+    assert any(frame.name == "_write_texts" for frame in traceback.extract_tb(first.__traceback__))
+    assert all(type(error) is CheckpointError for error in others)
+    assert all(
+        "step-00000001 was not saved: rank 0: TypeError: Object of type Tensor" in str(e) for e in others
+    )
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tensor": torch.zeros(2, 2)}, "1-D float32"),
-        ({"tensor": torch.zeros(4, dtype=torch.bfloat16)}, "1-D float32"),
+        ({"tensor": torch.zeros(2, 2)}, r"weight w: a piece is 1-D, not \(2, 2\)"),
+        (
+            {"tensor": torch.zeros(4, dtype=torch.int64)},
+            "weight w: torch.int64 does not fit into torch.float32",
+        ),
+        (
+            {"tensor": torch.zeros(4, dtype=torch.bool)},
+            "torch.bool does not fit into torch.float32, as which",
+        ),
+        ({"tensor": torch.zeros(4, dtype=torch.float64)}, "torch.float64 does not fit"),
+        ({"tensor": torch.zeros(4, dtype=torch.complex64)}, "torch.complex64 does not fit"),
         ({"box_start": (5, 0)}, "is not inside"),
         ({"flat_start": 5}, "flat range 5:9 is not inside its box of 8"),
     ],
@@ -209,5 +231,6 @@ def test_a_piece_that_cannot_be_is_refused(change, message):
         "tensor": torch.zeros(4),
     }
     Piece(**fields)
+    Piece(**fields | {"tensor": torch.zeros(4, dtype=torch.bfloat16)})
     with pytest.raises(CheckpointError, match=message):
         Piece(**(fields | change))

@@ -131,7 +131,7 @@ def blank(pieces: list[Piece]) -> list[Piece]:
             p.box_start,
             p.box_shape,
             p.flat_start,
-            torch.full_like(p.tensor, torch.nan),
+            torch.full_like(p.tensor, torch.nan, dtype=torch.float32).to(p.tensor.dtype),
             p.owned,
         )
         for p in pieces

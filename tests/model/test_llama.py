@@ -13,11 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from megalite.batch import Batch
-from megalite.checkpoint.hf import hf_config, llama_shapes
+from megalite.checkpoint.hf import hf_config
 from megalite.config.model import ModelConfig
 from megalite.model.flops import num_parameters
 from megalite.model.llama import LlamaStage
 from megalite.model.rope import inverse_frequencies
+from megalite.model.table import model_table
 from megalite.parallel.plan import LayerPlan
 
 SMALL = {
@@ -131,7 +132,7 @@ def test_the_comparison_notices_another_theta():
 def test_names_shapes_and_counts_agree_with_the_tables(changes):
     config, stage, twin = twins(changes)
     shapes = {p.spec.name: p.spec.full_shape for p in stage.parameters()}
-    assert shapes == llama_shapes(config)
+    assert shapes == {row.name: row.shape for row in model_table(config)}
     assert num_parameters(config) == sum(p.numel() for p in twin.parameters())
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megalite.config.model import ModelConfig
-from megalite.model.attention import ParallelAttention
+from megalite.model.attention import ParallelAttention, kv_copies
 from megalite.model.mlp import ParallelMLP
 from megalite.model.rope import RotaryEmbedding
 from megalite.parallel.context import ParallelContext

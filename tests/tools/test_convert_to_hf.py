@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from megalite.checkpoint.weights import Weights
 from megalite.tokenizer.load import build_byte_tokenizer
 from tests.checkpoint.llamas import VARIANTS, logits, random_llama, save_llama, tiny_run
 from tools import convert_to_hf
@@ -50,8 +51,9 @@ def test_verify_fails_when_the_model_reads_the_weights_differently(tmp_path, cap
     save(tmp_path)
     export = convert_to_hf.export
 
-    def export_with_wrong_base(*args, model, **kwargs):
-        return export(*args, model=model.model_copy(update={"rope_theta": 500.0}), **kwargs)
+    def export_with_wrong_base(weights, *args, **kwargs):
+        model = weights.model.model_copy(update={"rope_theta": 500.0})
+        return export(Weights(weights.checkpoint, model, weights.dtype), *args, **kwargs)
 
     monkeypatch.setattr(convert_to_hf, "export", export_with_wrong_base)
     assert run_tool(tmp_path, "--verify") == 1
