@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from benchmarks.measurement import Measurement, in_fresh_process, median_seconds
 from megalite.checkpoint.hf import hf_config
-from megalite.config.deepspeed import DeepSpeedConfig
+from megalite.config.deepspeed import deepspeed_config_from
 from megalite.config.run import RunConfig
 from megalite.parallel.shard import spec_of
 from megalite.training.environment import Environment, choose_cpu_accelerator
@@ -61,8 +61,7 @@ def _build_steps() -> dict[str, Callable[[], float]]:
         "gradient_clipping": CLIP,
         "zero_optimization": {"stage": 1},
     }
-    facts = {name: value for name, value in raw.items() if name != "zero_optimization"}
-    deepspeed = DeepSpeedConfig.model_validate(facts | {"zero_stage": 1, "raw": raw})
+    deepspeed = deepspeed_config_from(raw, "the benchmark")
     replica = Replica(RUN, deepspeed, build_context(RUN, 0, 1, torch.device("cpu")))
     tokens = torch.randint(RUN.model.vocab_size, (BATCH, RUN.data.seq_length + 1))
     ids, labels = tokens[:, :-1].split(MICRO_BATCH), tokens[:, 1:].contiguous().split(MICRO_BATCH)
