@@ -96,7 +96,15 @@ def megalite_first_batch(prefix: Path) -> Any:
     for indexed in token_files(datasets):
         check_vocabulary(indexed, run.model.vocab_size)
     assert datasets.train is not None
-    return BatchLoader(datasets.train, BATCH, 1, 0, 1, run.model.vocab_size).batch(0)
+    loader = BatchLoader(
+        datasets.train,
+        global_batch_samples=BATCH,
+        num_micro_batches=1,
+        dp_rank=0,
+        dp_size=1,
+        vocab_size=run.model.vocab_size,
+    )
+    return loader.batch(0)
 
 
 def megatron_first_batch(prefix: Path) -> Any:

@@ -15,8 +15,8 @@ import torch
 from megalite.batch import Batch
 from megalite.data.error import DataError
 from megalite.data.indexed_dataset import IndexedDataset
+from megalite.data.token_ids import check_ids
 
-_SCAN_TOKENS = 1 << 22
 _REMEDY = "set model.vocab_size above the largest id, or tokenize the data with the model's tokenizer"
 
 
@@ -86,19 +86,18 @@ class BatchLoader:
         parts: dict[str, np.ndarray] = {}
         if self.reads_tokens:
             samples = np.stack([self.dataset[position] for position in positions])
-            self._check_vocabulary(samples, positions.start)
+            row = samples.shape[1]
+            check_ids(
+                samples.reshape(-1),
+                self.vocab_size,
+                lambda place: f"sample {positions.start + place // row}",
+                _REMEDY,
+            )
             parts |= {"input_ids": samples[:, :-1], "labels": samples[:, 1:]}
         if self.mask_documents:
             starts = [self.dataset.document_starts(position) for position in positions]
             parts["document_starts"] = np.stack(starts)
         return Batch(**{name: torch.from_numpy(part.copy()) for name, part in parts.items()})
-
-    def _check_vocabulary(self, samples: np.ndarray, first: int) -> None:
-        bad = _first_outside(samples, self.vocab_size)
-        if bad is not None:
-            row, column = divmod(bad, samples.shape[1])
-            found = f"found token id {samples[row, column]} in sample {first + row}"
-            raise DataError(f"vocabulary: expected ids 0 to {self.vocab_size - 1}, {found}: {_REMEDY}")
 
 
 class PreparedBatches:
@@ -126,18 +125,4 @@ class PreparedBatches:
 def check_vocabulary(indexed: IndexedDataset, vocab_size: int, max_tokens: int = 64 << 20) -> None:
     """Scan the first `max_tokens` tokens of a file; raise DataError at an id outside the vocabulary."""
     tokens = indexed.tokens[:max_tokens]
-    for start in range(0, len(tokens), _SCAN_TOKENS):
-        block = tokens[start : start + _SCAN_TOKENS]
-        bad = _first_outside(block, vocab_size)
-        if bad is not None:
-            found = f"found token id {block[bad]} at token {start + bad}"
-            raise DataError(
-                f"{indexed.prefix}.bin: vocabulary: expected ids 0 to {vocab_size - 1}, {found}: {_REMEDY}"
-            )
-
-
-def _first_outside(ids: np.ndarray, vocab_size: int) -> int | None:
-    """Flat position of the first id outside [0, vocab_size), or None."""
-    if not ids.size or (ids.min() >= 0 and ids.max() < vocab_size):
-        return None
-    return int(np.argmax((ids < 0) | (ids >= vocab_size)))
+    check_ids(tokens, vocab_size, lambda place: f"{indexed.prefix}.bin: token {place}", _REMEDY)

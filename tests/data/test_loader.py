@@ -129,7 +129,7 @@ def test_exhausted_data_is_refused():
 def test_an_id_outside_the_vocabulary_is_refused():
     loader = loader_of(4, 4, 1, 0, 1, 33)
     with pytest.raises(
-        DataError, match=r"expected ids 0 to 32, found token id 33 in sample 3: set model\.vocab_size"
+        DataError, match=r"sample 3: token id: expected 0 to 32, found 33: set model\.vocab_size"
     ):
         loader.batch(0)
     assert loader_of(4, 4, 1, 0, 1, 34).batch(0)
@@ -147,10 +147,8 @@ def test_a_rank_outside_is_refused():
 
 
 def test_the_scan_names_the_first_bad_token(golden, monkeypatch):
-    monkeypatch.setattr("megalite.data.loader._SCAN_TOKENS", 2)
+    monkeypatch.setattr("megalite.data.token_ids._IDS_AT_ONCE", 2)
     check_vocabulary(golden, 7)
-    with pytest.raises(
-        DataError, match=r"data\.bin: vocabulary: expected ids 0 to 5, found token id 6 at token 7"
-    ):
+    with pytest.raises(DataError, match=r"data\.bin: token 7: token id: expected 0 to 5, found 6"):
         check_vocabulary(golden, 6)
     check_vocabulary(golden, 6, max_tokens=7)

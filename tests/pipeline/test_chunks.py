@@ -39,21 +39,26 @@ ORDER = "F0.0 F0.1 F1.0 B0.1 F1.1 B0.0 B1.1 F2.0 F2.1 F3.0 B2.1 F3.1 B2.0 B3.1 B
 
 
 def actions_of(stage: int) -> list[Action]:
-    """Chunk c of stage p holds depth 2c + p; both stages take the same order, with transfers between."""
+    """Chunk c of stage p is at depth 2c + p; each result is sent on, and taken in by the other, at once."""
     actions: list[Action] = []
     for word in ORDER.split():
         micro_batch, chunk = int(word[1]), int(word[3])
-        depth, other = STAGES * chunk + stage, 1 - stage
-        last = STAGES * CHUNKS - 1
         forward = word[0] == "F"
-        comes = depth > 0 if forward else depth < last
-        goes = depth < last if forward else depth > 0
-        kind = "activation" if forward else "gradient"
-        if comes:
-            actions.append(Exchange((Transfer("receive", kind, micro_batch, other, chunk),)))
-        actions.append(Forward(micro_batch, chunk) if forward else Backward(micro_batch, chunk))
-        if goes:
-            actions.append(Exchange((Transfer("send", kind, micro_batch, other, chunk),)))
+        kind, following = ("activation", chunk + 1) if forward else ("gradient", chunk - 1)
+        turns_back = (
+            0 <= following < CHUNKS
+        )  # the second stage to compute sends to the first one's next chunk
+
+        def transfer(verb, chunk, kind=kind, micro_batch=micro_batch):
+            return Exchange((Transfer(verb, kind, micro_batch, 1 - stage, chunk),))
+
+        compute = Forward(micro_batch, chunk) if forward else Backward(micro_batch, chunk)
+        if stage == (0 if forward else 1):
+            actions += [compute, transfer("send", chunk)]
+            actions += [transfer("receive", following)] if turns_back else []
+        else:
+            actions += [transfer("receive", chunk), compute]
+            actions += [transfer("send", chunk)] if turns_back else []
     return with_last_backward(actions)
 
 
