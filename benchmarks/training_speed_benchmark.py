@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.measurement import Measurement, in_fresh_process, median_seconds
+from megalite.batch import Batch
 from megalite.checkpoint.hf import hf_config
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.run import RunConfig
@@ -52,7 +53,7 @@ def tokens_per_second() -> tuple[float, float]:
 
 def _build_steps() -> dict[str, Callable[[], float]]:
     from megalite.training.engine import initialize_communication
-    from megalite.training.replica import Replica, build_context
+    from megalite.training.trainer import StageTrainer, build_context
 
     initialize_communication()
     raw = {
@@ -63,18 +64,15 @@ def _build_steps() -> dict[str, Callable[[], float]]:
     }
     facts = {name: value for name, value in raw.items() if name != "zero_optimization"}
     deepspeed = DeepSpeedConfig.model_validate(facts | {"zero_stage": 1, "raw": raw})
-    replica = Replica(RUN, deepspeed, build_context(RUN, 0, 1, torch.device("cpu")))
+    trainer = StageTrainer(RUN, deepspeed, build_context(RUN, 0, 1, torch.device("cpu")))
     tokens = torch.randint(RUN.model.vocab_size, (BATCH, RUN.data.seq_length + 1))
-    ids, labels = tokens[:, :-1].split(MICRO_BATCH), tokens[:, 1:].contiguous().split(MICRO_BATCH)
-    batches = list(zip(ids, labels, strict=True))
-    theirs = _plain_step(replica.engine.module, batches)
+    batches = Batch(tokens[:, :-1], tokens[:, 1:].contiguous()).split(BATCH // MICRO_BATCH)
+    theirs = _plain_step(trainer.engine.module, batches)
     rate = RUN.optimizer.learning_rate
-    return {"ours": lambda: replica.train_step(batches, rate).loss, "theirs": theirs}
+    return {"ours": lambda: trainer.train_step(batches, rate).loss, "theirs": theirs}
 
 
-def _plain_step(
-    stage: torch.nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]
-) -> Callable[[], float]:
+def _plain_step(stage: torch.nn.Module, batches: list[Batch]) -> Callable[[], float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(**hf_config(RUN.model, "float32")))
@@ -95,8 +93,9 @@ def _plain_step(
 
     def step() -> float:
         total = 0.0
-        for ids, labels in batches:
-            logits = model(ids).logits
+        for batch in batches:
+            logits, labels = model(batch.input_ids).logits, batch.labels
+            assert labels is not None
             loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()) / len(batches)
             loss.backward()
             total += loss.item()

@@ -7,6 +7,8 @@ __version__ = "0.1.0"
 
 # Imported when first used: `megalite.config` is to be importable without torch.
 _HOMES = {
+    "Batch": "megalite.batch",
+    "LayerPlan": "megalite.parallel.plan",
     "ColumnParallelLinear": "megalite.parallel.linear",
     "Column": "megalite.parallel.linear",
     "MergedColumnLinear": "megalite.parallel.linear",
@@ -18,7 +20,7 @@ _HOMES = {
     "Topology": "megalite.parallel.topology",
     "ParallelContext": "megalite.parallel.context",
     "ModelParallelUnit": "megalite.parallel.mpu",
-    "Neighbours": "megalite.pipeline.p2p",
+    "Peers": "megalite.pipeline.p2p",
     "PipelineRunner": "megalite.pipeline.runner",
     "build_schedule": "megalite.pipeline.schedule",
     "ModelConfig": "megalite.config.model",

@@ -14,17 +14,20 @@ def told_to_users(error: BaseException) -> str | None:
     An OSError is told as well: a file, a disk or a network that the user named, in the system's words.
     """
     if isinstance(error, OSError):
-        said = error.filename and error.strerror
-        return f"{error.filename}: {error.strerror}" if said else str(error)  # without Python's number
+        said = error.strerror or str(error)  # without Python's number
+        return f"{error.filename}: {said}" if error.filename and error.strerror else said
     return str(error) if isinstance(error, UserError) else None
 
 
-def run_command(command: Callable[[], int | None]) -> int:
-    """The exit status of a command: its own, or 2 after a user's mistake and 130 after an interruption."""
+def run_command(command: Callable[[], int | None], interrupted: str = "nothing was written") -> int:
+    """The exit status of a command: its own, or 2 after a user's mistake and 130 after an interruption.
+
+    interrupted: what is left then, in words. Every other error is raised on, for its traceback to be seen.
+    """
     try:
         return command() or 0
     except KeyboardInterrupt:
-        print("error: interrupted: nothing was written", file=sys.stderr)
+        print(f"error: interrupted: {interrupted}", file=sys.stderr)
         return 130
     except Exception as error:
         line = told_to_users(error)

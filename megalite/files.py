@@ -1,5 +1,6 @@
 """Files and folders that are complete or absent, also after a crash: written aside, synced, renamed."""
 
+import glob
 import os
 import shutil
 import uuid
@@ -15,7 +16,7 @@ ASIDE = ".tmp"  # suffix of what is being written
 def written_aside(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """A file to write, which takes the place of `path` when the block ends, and vanishes if it fails.
 
-    mode: "w" for UTF-8 text, "wb" for bytes. The folder of `path` must exist.
+    mode: "w" for UTF-8 text, "wb" for bytes. The folder of `path` must exist; an OSError names `path` itself.
     """
     path = Path(path)
     aside = aside_of(path)
@@ -25,6 +26,10 @@ def written_aside(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
             sync(file)
         aside.replace(path)
         sync_folder(path.parent)
+    except OSError as error:
+        if error.filename == str(aside):
+            error.filename = str(path)
+        raise
     finally:
         aside.unlink(missing_ok=True)
 
@@ -57,6 +62,11 @@ def folder_aside(path: str | Path) -> Iterator[Path]:
 def aside_of(path: Path) -> Path:
     """A hidden name beside `path` that no other writer has."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{ASIDE}")
+
+
+def left_aside(path: Path) -> list[Path]:
+    """What writers of `path` that were killed have left, or others write at the moment."""
+    return sorted(path.parent.glob(f".{glob.escape(path.name)}.*{ASIDE}"))
 
 
 def sync(file: IO[Any]) -> None:

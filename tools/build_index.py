@@ -16,6 +16,7 @@ import warnings
 from megalite.config.deepspeed import load_deepspeed
 from megalite.config.load import load_run
 from megalite.data.error import DataError
+from megalite.error import run_command
 from megalite.training.samples import build_samples, open_cache
 
 
@@ -49,17 +50,9 @@ def build(arguments: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 0 when all indices are kept, 2 when the user can put it right."""
     arguments = build_parser().parse_intermixed_args(argv)
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-            build(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted: indices that were complete are kept", file=sys.stderr)
-        return 130
-    return 0
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+        return run_command(lambda: build(arguments), interrupted="indices that were complete are kept")
 
 
 if __name__ == "__main__":

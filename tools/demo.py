@@ -21,7 +21,8 @@ from typing import Any
 from megalite.config.deepspeed import load_deepspeed
 from megalite.config.load import load_run
 from megalite.data.datasets import build_datasets
-from megalite.error import UserError
+from megalite.error import UserError, run_command
+from megalite.measure.metrics import METRICS_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN, DEEPSPEED = "configs/runs/demo.yaml", "configs/deepspeed/demo.json"
@@ -34,6 +35,14 @@ SAME_LOSS_NATS = 1e-3  # float32 sums in another order, over PIPELINE_STEPS step
 SAME_LOGITS = 1e-4
 PROMPTS = ("def read(self", "if __name__ ==")
 ENVIRONMENT = "export PATH=$PWD/.venv/bin:$PATH DS_ACCELERATOR=cpu"
+PRETRAIN = f"""deepspeed --quiet --num_gpus {{num_processes}} {{port}} launchers/pretrain.py
+    --deepspeed_config {DEEPSPEED} --config {RUN}
+    data.train={{run}}/corpus/python_text_document data.tokenizer={{run}}/tokenizer
+    output_dir={{output}} parallel.tp_size=2"""
+PRETRAIN_IN_STAGES = f"""{PRETRAIN} parallel.pp_size=2 schedule.num_steps={{few_steps}}
+    checkpoint.save_at_end=false logging.validate_every_steps=0"""
+GENERATE = """python tools/generate.py
+    --checkpoint {run}/checkpoints --prompt {prompt} --max-new-tokens 120 --temperature 0.6 --seed {seed}"""
 
 EPILOG = """\
 The text is the source of Python's own standard library, as found on this machine: nothing is downloaded.
@@ -63,87 +72,87 @@ class DemoError(UserError):
     """The demo cannot begin, or did not do what it promises."""
 
 
-class Demo:
-    """The stages, in order; each shows its command and runs it."""
+def demonstrate(arguments: argparse.Namespace) -> None:
+    """The demo, from first to last. Raises DemoError when a command fails or a promise is broken."""
+    run, folder = load_run(str(ROOT / RUN), []), arguments.output.resolve()
+    folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
+    num_steps = arguments.steps or run.schedule.num_steps
+    demo = Script(
+        run=folder,
+        corpus=json.dumps(f"{folder}/corpus/python.jsonl"),
+        limit=f", max_bytes={arguments.corpus_bytes}" if arguments.corpus_bytes else "",
+        vocab_size=run.model.vocab_size,
+        num_steps=num_steps,
+        few_steps=min(PIPELINE_STEPS, num_steps),
+        num_processes=NUM_PROCESSES,
+    )
+    make_room(arguments.output)
 
-    def __init__(self, folder: Path, num_steps: int) -> None:
-        self.folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
-        self.num_steps = num_steps
-        self.environment = build_environment()
-        self.corpus, self.prefix = self.folder / "corpus/python.jsonl", self.folder / "corpus/python"
-        self.tokens = self.folder / "corpus/python_text_document"
-        self.tokenizer = self.folder / "tokenizer"
-        self.checkpoints = self.folder / "checkpoints"
-        self.title, self.stage, self.started = "", 0, time.monotonic()
+    demo.stage("Corpus: the source of Python's standard library, one document per file")
+    demo.run("""python -c
+        'from megalite.data.corpus import write_jsonl; print(write_jsonl({corpus}{limit}), "documents")'""")
 
-    def make_data(self, vocab_size: int, max_bytes: int | None) -> None:
-        self._begin("Corpus: the source of Python's standard library, one document per file")
-        limit = f", max_bytes={max_bytes}" if max_bytes else ""
-        path = json.dumps(str(self.corpus))
-        code = f'from megalite.data.corpus import write_jsonl; print(write_jsonl({path}{limit}), "documents")'
-        self._run("python", "-c", code)
-        self._begin("Tokenizer: byte-level BPE")
-        where = ("--input", self.corpus, "--output", self.tokenizer)
-        self._run("python", "tools/train_tokenizer.py", *where, "--vocab-size", vocab_size)
-        self._begin("Token files, in Megatron's format")
-        where = ("--input", self.corpus, "--output-prefix", self.prefix)
-        self._run("python", "tools/preprocess_data.py", *where, "--tokenizer", self.tokenizer, "--append-eod")
-        check_corpus_suffices(ROOT / self.tokens, self.num_steps)
+    demo.stage("Tokenizer: byte-level BPE")
+    demo.run("""python tools/train_tokenizer.py
+        --input {run}/corpus/python.jsonl --output {run}/tokenizer --vocab-size {vocab_size}""")
 
-    def train(self, min_loss_drop_nats: float) -> None:
-        self._begin("Training: tensor parallel 2 x data parallel 2, sequence parallel, ZeRO-3")
-        self._pretrain(self.folder, f"schedule.num_steps={self.num_steps}")
-        say(check_loss_fell(self._losses(self.folder), min_loss_drop_nats))
+    demo.stage("Token files, in Megatron's format")
+    demo.run("""python tools/preprocess_data.py
+        --input {run}/corpus/python.jsonl --output-prefix {run}/corpus/python --tokenizer {run}/tokenizer
+        --append-eod""")
+    check_corpus_suffices(ROOT / folder / "corpus/python_text_document", num_steps)
 
-    def train_in_stages(self) -> None:
-        self._begin("The same run's first steps in a pipeline: tensor parallel 2 x 2 stages")
-        num_steps = min(PIPELINE_STEPS, self.num_steps)
-        options = ("parallel.pp_size=2", f"schedule.num_steps={num_steps}", "checkpoint.save_at_end=false")
-        self._pretrain(self.folder / "pipeline", *options, "logging.validate_every_steps=0")
-        say(check_same_curve(self._losses(self.folder), self._losses(self.folder / "pipeline")))
+    demo.stage("Training: tensor parallel 2 x data parallel 2, sequence parallel, ZeRO-3")
+    demo.run(PRETRAIN + " schedule.num_steps={num_steps}", output=folder)
+    losses = read_losses(folder)
+    say(check_loss_fell(losses, arguments.min_loss_drop))
 
-    def export(self) -> None:
-        self._begin("Hugging Face: export, load with transformers, compare")
-        where = ("--checkpoint", self.checkpoints, "--output", self.folder / "hf")
-        report = self._run("python", "tools/convert_to_hf.py", *where, "--dtype", "float32", "--verify")
-        say(check_logits(report))
+    demo.stage("The same run's first steps in a pipeline: tensor parallel 2 x 2 stages")
+    demo.run(PRETRAIN_IN_STAGES, output=folder / "pipeline")
+    say(check_same_curve(losses, read_losses(folder / "pipeline")))
 
-    def speak(self) -> None:
-        self._begin("Generated code")
-        for seed, prompt in enumerate(PROMPTS):
-            draw = ("--prompt", prompt, "--max-new-tokens", 120, "--temperature", 0.6, "--seed", seed)
-            command = ("python", "tools/generate.py", "--checkpoint", self.checkpoints, *draw)
-            self._run(*command, before=prompt)
+    demo.stage("Hugging Face: export, load with transformers, compare")
+    report = demo.run("""python tools/convert_to_hf.py
+        --checkpoint {run}/checkpoints --output {run}/hf --dtype float32 --verify""")
+    say(check_logits(report))
 
-    def plot(self) -> None:
-        self._begin("Curves")
-        self._run("python", "tools/plot_run.py", self.folder)
+    demo.stage("Generated code")
+    for seed, prompt in enumerate(PROMPTS):
+        demo.run(GENERATE, before=prompt, prompt=prompt, seed=seed)
 
-    def _pretrain(self, output_dir: Path, *overrides: str) -> None:
-        launch = ("deepspeed", "--quiet", "--num_gpus", NUM_PROCESSES, *port_option())
-        config = ("launchers/pretrain.py", "--deepspeed_config", DEEPSPEED, "--config", RUN)
-        data = (f"data.train={self.tokens}", f"data.tokenizer={self.tokenizer}")
-        self._run(*launch, *config, *data, f"output_dir={output_dir}", "parallel.tp_size=2", *overrides)
+    demo.stage("Curves")
+    demo.run("python tools/plot_run.py {run}")
+    say(f"\nDone in {demo.clock()}")
+    say(NEXT.format(run=folder, root=ROOT, environment=ENVIRONMENT))
 
-    def _losses(self, run_dir: Path) -> list[float]:
-        lines = (ROOT / run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line)["loss"] for line in lines]
 
-    def _begin(self, title: str) -> None:
-        self.stage, self.title = self.stage + 1, title
-        say(f"\n[{self.stage}/{NUM_STAGES}] {title}  ({clock(time.monotonic() - self.started)})")
+class Script:
+    """Shows commands, numbered by stage, and runs them; {name} in a command stands for that value."""
 
-    def _run(self, *words: object, before: str = "") -> str:
-        """What a command printed, which is shown too, after `before`. DemoError when it failed."""
-        command = [str(word) for word in words]
-        say(f"$ {shlex.join(command)}")
+    def __init__(self, **values: object) -> None:
+        self.values, self.environment = values, build_environment()
+        self.title, self.number, self.started = "", 0, time.monotonic()
+
+    def clock(self) -> str:
+        """Minutes and seconds since the beginning."""
+        seconds = int(time.monotonic() - self.started)
+        return f"{seconds // 60}:{seconds % 60:02d}"
+
+    def stage(self, title: str) -> None:
+        """Begin the next stage."""
+        self.number, self.title = self.number + 1, title
+        say(f"\n[{self.number}/{NUM_STAGES}] {title}  ({self.clock()})")
+
+    def run(self, command: str, before: str = "", **more: object) -> str:
+        """What a command printed, which is shown too, after `before`. Raises DemoError when it failed."""
+        values = {**self.values, **more, "port": port_option()}
+        words = list(filter(None, (word.format(**values) for word in shlex.split(command))))
+        say(f"$ {shlex.join(words)}")
         print(before, end="", flush=True)
-        output, status = run_and_show(command, self.environment)
+        output, status = run_and_show(words, self.environment)
         if status:
-            raise DemoError(
-                f"stage {self.stage} of {NUM_STAGES} ({self.title}): {command[0]} ended with status {status} "
-                "and said why above"
-            )
+            where = f"stage {self.number} of {NUM_STAGES} ({self.title})"
+            raise DemoError(f"{where}: {words[0]} ended with status {status} and said why above")
         return output
 
 
@@ -151,11 +160,13 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
-def clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
-
-
 # What the promises are checked with
+
+
+def read_losses(run_dir: Path) -> list[float]:
+    """The training loss of each step of a run, in nats per token."""
+    lines = (ROOT / run_dir / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["loss"] for line in lines]
 
 
 def check_corpus_suffices(tokens: Path, num_steps: int) -> None:
@@ -237,16 +248,16 @@ def build_environment() -> dict[str, str]:
     }
 
 
-def port_option() -> list[str]:
-    """Another port for the ranks to meet at, if something on this machine holds the usual one."""
+def port_option() -> str:
+    """Another port for the ranks to meet at, if something on this machine holds the usual one, else ""."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", DEFAULT_PORT))
-            return []
+            return ""
         except OSError:
             probe.bind(("", 0))
-            return ["--master_port", str(probe.getsockname()[1])]
+            return f"--master_port={probe.getsockname()[1]}"
 
 
 def make_room(folder: Path) -> None:
@@ -263,30 +274,10 @@ def make_room(folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command; 0 when every promise was kept, 2 when one was not, or a command failed."""
     arguments = build_parser().parse_args(argv)
-    try:
-        demonstrate(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return 130
-    return 0
-
-
-def demonstrate(arguments: argparse.Namespace) -> None:
-    run = load_run(str(ROOT / RUN), [])
-    demo = Demo(arguments.output.resolve(), arguments.steps or run.schedule.num_steps)
-    make_room(arguments.output)
-    demo.make_data(run.model.vocab_size, arguments.corpus_bytes)
-    demo.train(arguments.min_loss_drop)
-    demo.train_in_stages()
-    demo.export()
-    demo.speak()
-    demo.plot()
-    say(f"\nDone in {clock(time.monotonic() - demo.started)}")
-    say(NEXT.format(run=demo.folder, root=ROOT, environment=ENVIRONMENT))
+    kept = f"what is complete stays in {arguments.output}, and the next demo there replaces it"
+    return run_command(lambda: demonstrate(arguments), interrupted=kept)
 
 
 def build_parser() -> argparse.ArgumentParser:

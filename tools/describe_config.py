@@ -13,6 +13,8 @@ from megalite.config.deepspeed import OWNED_BY_RUN, DeepSpeedConfig
 from megalite.config.load import section_of
 from megalite.config.run import RunConfig
 from megalite.config.section import Section
+from megalite.error import run_command
+from megalite.files import write_text
 
 DEFAULT_OUTPUT = Path(__file__).parent.parent / "docs" / "configuration.md"
 
@@ -38,17 +40,16 @@ This page is written by `python tools/describe_config.py` from the code.
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--output", type=Path, default=DEFAULT_OUTPUT, help="file to write (default: %(default)s)"
-    )
+    page = "file to write (default: %(default)s)"
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help=page)
     arguments = parser.parse_args(argv)
-    try:
-        arguments.output.write_text(describe(), encoding="utf-8")
-    except OSError as error:
-        print(f"error: cannot write {arguments.output}: {error.strerror}", file=sys.stderr)
-        return 2
-    print(f"wrote {arguments.output}")
-    return 0
+    return run_command(lambda: write_page(arguments.output))
+
+
+def write_page(output: Path) -> None:
+    """Write the page to `output`."""
+    write_text(output, describe())
+    print(f"wrote {output}")
 
 
 def describe() -> str:

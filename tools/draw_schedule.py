@@ -7,6 +7,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from megalite.error import UserError, run_command
+from megalite.measure.figure import save_figure
 from megalite.pipeline.schedule import SCHEDULES
 from megalite.pipeline.timeline import Interval, bubble_fraction, timeline
 
@@ -47,30 +49,27 @@ def draw(intervals: list[Interval], title: str) -> Figure:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--pipeline-schedule", choices=sorted(SCHEDULES), default="1f1b", help="default: %(default)s"
-    )
-    parser.add_argument("--pp-size", type=int, default=4, help="number of stages (default: %(default)s)")
-    parser.add_argument(
-        "--num-micro-batches", type=int, default=8, help="micro batches of one step (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--output", type=Path, default=Path("schedule.png"), help="picture to write (default: %(default)s)"
-    )
+    add, shown = parser.add_argument, "(default: %(default)s)"
+    add("--pipeline-schedule", choices=sorted(SCHEDULES), default="1f1b", help="default: %(default)s")
+    add("--pp-size", type=int, default=4, help=f"number of stages {shown}")
+    add("--num-micro-batches", type=int, default=8, help=f"micro batches of one step {shown}")
+    add("--output", type=Path, default=Path("schedule.png"), help=f"picture to write {shown}")
     arguments = parser.parse_args(argv)
+    return run_command(lambda: draw_schedule(arguments))
+
+
+def draw_schedule(arguments: argparse.Namespace) -> None:
+    """Draw what the arguments ask for. Raises UserError when it has no stage, or no micro batch."""
     name, stages, micro_batches = arguments.pipeline_schedule, arguments.pp_size, arguments.num_micro_batches
-    try:
-        if stages < 1:
-            raise ValueError(f"a pipeline of {stages} stages computes nothing: give --pp-size at least 1")
-        intervals = timeline(name, stages, micro_batches)
-        waiting = f"waiting {bubble_fraction(intervals):.1%} of the time"
-        title = f"{NAMES[name]}: {stages} stages, {micro_batches} micro batches, {waiting}"
-        draw(intervals, title).savefig(arguments.output, dpi=150)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if stages < 1:
+        raise UserError(f"a pipeline of {stages} stages computes nothing: give --pp-size at least 1")
+    if micro_batches < 1:
+        raise UserError(f"a step of {micro_batches} micro batches: give --num-micro-batches at least 1")
+    intervals = timeline(name, stages, micro_batches)
+    waiting = f"waiting {bubble_fraction(intervals):.1%} of the time"
+    title = f"{NAMES[name]}: {stages} stages, {micro_batches} micro batches, {waiting}"
+    save_figure(draw(intervals, title), arguments.output, dots_per_inch=150)
     print(f"wrote {arguments.output}: {waiting}")
-    return 0
 
 
 if __name__ == "__main__":

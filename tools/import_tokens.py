@@ -20,6 +20,7 @@ from megalite.data.foreign import (
     read_llmc,
 )
 from megalite.data.indexed_writer import IndexedDatasetWriter, dtype_for
+from megalite.error import run_command
 
 EPILOG = """\
 formats:
@@ -94,20 +95,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=formatter)
     add = parser.add_argument
     add("--format", choices=FORMATS, required=True, help="what the files are, see below")
-    add(
-        "--input",
-        nargs="+",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="token files, in the order to write",
-    )
-    add(
-        "--output-prefix",
-        required=True,
-        metavar="P",
-        help="writes P.bin and P.idx; train with data.train=[P]",
-    )
+    files = "token files, in the order to write"
+    add("--input", nargs="+", type=Path, required=True, metavar="FILE", help=files)
+    output = "writes P.bin and P.idx; train with data.train=[P]"
+    add("--output-prefix", required=True, metavar="P", help=output)
     size = "vocabulary of the tokenizer that made the ids: an id from N on is an error"
     add("--vocab-size", type=int, required=True, metavar="N", help=size)
     add("--dtype", choices=sorted(ID_TYPES), help="type of the ids, where the files do not say it")
@@ -119,17 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 0 when the data is written, 2 when the user can put it right."""
     arguments = build_parser().parse_args(argv)
-    try:
-        writer = import_tokens(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted: nothing was written", file=sys.stderr)
-        return 130
-    counts = f"{writer.num_documents:,} documents, {writer.num_tokens:,} tokens of {writer.dtype}"
-    print(f"{writer.prefix}: {counts}")
-    return 0
+    return run_command(lambda: print(import_tokens(arguments).summary()))
 
 
 if __name__ == "__main__":

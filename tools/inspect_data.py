@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from megalite.data.error import DataError
 from megalite.data.indexed_dataset import IndexedDataset, bin_path, idx_path
+from megalite.error import UserError, run_command
+from megalite.measure.figure import save_figure
 from megalite.tokenizer.load import load_tokenizer
 from megalite.tokenizer.tokenizer import Tokenizer
 
@@ -50,7 +52,7 @@ def describe(dataset: IndexedDataset) -> Iterator[str]:
     yield f"tokens       {dataset.num_tokens:,}"
     if len(lengths):
         middle = f"median {int(np.median(lengths)):,}, mean {dataset.num_tokens / len(lengths):,.1f}"
-        yield f"lengths      {int(lengths.min()):,} to {int(lengths.max()):,} tokens a sequence, {middle}"
+        yield f"lengths      {int(lengths.min()):,} to {int(lengths.max()):,} tokens per sequence, {middle}"
 
 
 def count_lengths(lengths: np.ndarray) -> list[tuple[int, int, int]]:
@@ -75,20 +77,17 @@ def draw_lengths(lengths: np.ndarray) -> Iterator[str]:
 def plot_lengths(lengths: np.ndarray, path: Path, title: str) -> None:
     """The histogram as a picture."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("--plot: expected matplotlib, found nothing: pip install 'megalite[plot]'") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        raise UserError("--plot: expected matplotlib, found nothing: pip install 'megalite[plot]'") from None
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     edges = np.geomspace(1, max(int(lengths.max(initial=1)), 2) + 1, 60)
     axes.hist(lengths, edges.tolist(), color="#4477aa")
     axes.set(xscale="log", xlabel="tokens in a sequence", ylabel="sequences", title=title)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    save_figure(figure, path, dots_per_inch=120)
 
 
 def decode_samples(dataset: IndexedDataset, tokenizer: Tokenizer, number: int) -> Iterator[str]:
@@ -150,7 +149,8 @@ def verify(dataset: IndexedDataset, vocab_size: int | None, tokenizer: Tokenizer
 def inspect(arguments: argparse.Namespace) -> None:
     """Print what was asked for. Raises DataError when the data is damaged."""
     if arguments.samples < 0 or (arguments.vocab_size or 1) < 1:
-        raise ValueError("--samples, --vocab-size: expected at least 0 and 1, found less")
+        found = f"{arguments.samples} and {arguments.vocab_size}"
+        raise UserError(f"--samples, --vocab-size: expected at least 0 and 1, found {found}")
     tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else None
     vocab_size = arguments.vocab_size or (tokenizer.vocab_size if tokenizer else None)
     dataset = IndexedDataset(arguments.prefix)
@@ -182,11 +182,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=formatter)
     add = parser.add_argument
     add("prefix", metavar="PREFIX", help="the dataset PREFIX.bin and PREFIX.idx; either ending may be there")
-    add(
-        "--tokenizer",
-        metavar="T",
-        help="decode samples with it: folder, name, tokenizer.json, .model, 'bytes'",
-    )
+    tokenizer = "decode samples with it: folder, name, tokenizer.json, .model, 'bytes'"
+    add("--tokenizer", metavar="T", help=tokenizer)
     add("--samples", type=int, default=3, metavar="N", help="documents to decode (default: 3)")
     add("--verify", action="store_true", help="read every id of the file")
     size = "with --verify: an id from N on is an error (default: the tokenizer's size)"
@@ -198,14 +195,16 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 0 when the data is sound, 2 when it is not or cannot be read."""
     arguments = build_parser().parse_args(argv)
+    return run_command(lambda: judge(arguments))
+
+
+def judge(arguments: argparse.Namespace) -> None:
+    """Inspect, and end with a verdict also where the data is damaged."""
     try:
         inspect(arguments)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        if isinstance(error, DataError):
-            print("verdict: NOT sound")
-        return 2
-    return 0
+    except DataError:
+        print("verdict: NOT sound")
+        raise
 
 
 if __name__ == "__main__":

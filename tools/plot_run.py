@@ -10,9 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
-from megalite.error import UserError
+from megalite.error import UserError, run_command
+from megalite.measure.figure import save_figure
+from megalite.measure.metrics import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 REQUIRED = ("step", "loss", "grad_norm", "learning_rate", "tokens_per_second")
 BLUE, ORANGE, GREY = "#2563a8", "#d9661f", "#666666"
 
@@ -74,14 +75,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="picture to write (default: RUN_DIR/metrics.png)")
     arguments = parser.parse_args(argv)
     output = arguments.output or arguments.run_dir / "metrics.png"
-    try:
-        rows = read_rows(arguments.run_dir)
-        draw(rows, arguments.run_dir.resolve().name).savefig(output, dpi=150)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: plot(arguments.run_dir, output))
+
+
+def plot(run_dir: Path, output: Path) -> None:
+    """Draw the curves of the run in `run_dir` to the picture `output`."""
+    rows = read_rows(run_dir)
+    save_figure(draw(rows, run_dir.resolve().name), output, dots_per_inch=150)
     print(f"wrote {output}: {len(rows)} steps, last loss {rows[-1]['loss']:.4f}")
-    return 0
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:

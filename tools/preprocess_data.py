@@ -4,21 +4,17 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, closing
-from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
+from collections.abc import Sequence
 
-from tqdm import tqdm
-
-from megalite.data.blocks import Block
-from megalite.data.encoding import Encoded, Recipe, encode_in_order
+from megalite.data.encoding import Recipe
 from megalite.data.error import DataError
-from megalite.data.indexed_writer import IndexedDatasetWriter, dtype_for
-from megalite.data.sources import Source, find_source
-from megalite.tokenizer.load import load_tokenizer
-from megalite.tokenizer.tokenizer import Tokenizer
+from megalite.data.indexed_dataset import bin_path
+from megalite.data.indexed_writer import dtype_for
+from megalite.data.preprocess import BadRecords, Job, preprocess
+from megalite.data.sources import find_source
+from megalite.error import run_command
+from megalite.files import left_aside
+from megalite.tokenizer.load import TokenizerPlace, load_tokenizer
 
 EPILOG = """\
 input:
@@ -46,96 +42,16 @@ examples:
 """
 
 
-@dataclass(frozen=True)
-class TokenizerPlace:
-    """Where each worker finds the tokenizer."""
-
-    path: str
-    eos_token: str | None
-
-    def load(self) -> Tokenizer:
-        """Load it, in a worker."""
-        return load_tokenizer(self.path, self.eos_token)
-
-
 def keep_workers_single_threaded() -> None:
     """A worker is one core; and with one thread only, `tokenizers` allocates memory without locks."""
     threads = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
     os.environ.update(dict.fromkeys(threads, "1"), TOKENIZERS_PARALLELISM="false")
 
 
-@dataclass
-class Report:
-    """What happened to the records, by input and line."""
-
-    max_bad_records: int
-    num_bad: int = 0
-    first_bad: str = ""
-    _name: str = ""
-    _before: int = 0  # records of that input so far
-
-    def add(self, block: Block, encoded: Encoded) -> None:
-        """Count a block, in the order of the input; DataError once too many records were bad."""
-        if block.name != self._name:
-            self._name, self._before = block.name, 0
-        self.num_bad += len(encoded.bad_records)
-        if encoded.bad_records and not self.first_bad:
-            record, reason = encoded.bad_records[0]
-            self.first_bad = f"{block.name} {block.unit} {self._before + record}: {reason}"
-        self._before += encoded.num_records
-        if self.num_bad > self.max_bad_records:
-            limit = f"more than --max-bad-records {self.max_bad_records}"
-            raise DataError(f"{self.first_bad} ({limit}: repair the input, or allow more)")
-
-
-@dataclass
-class Job:
-    """What the command line asks for, checked."""
-
-    recipe: Recipe
-    sources: list[Source]
-    prefixes: list[str]  # one for each key
-    workers: int
-    report: Report
-
-    @property
-    def num_bytes(self) -> int | None:
-        """Size of the input, where it is known."""
-        sizes = [source.num_bytes for source in self.sources]
-        return None if None in sizes else sum(size or 0 for size in sizes)
-
-    def blocks(self) -> Iterator[Block]:
-        """All inputs, in order."""
-        return chain.from_iterable(source.blocks(self.recipe.max_record_bytes) for source in self.sources)
-
-
-def preprocess(job: Job) -> list[IndexedDatasetWriter]:
-    """Write one dataset for each key; returns their writers, with what they counted."""
-    with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=job.num_bytes, desc="tokenize", unit="B", unit_scale=True))
-        writers = [stack.enter_context(IndexedDatasetWriter(name, job.recipe.dtype)) for name in job.prefixes]
-        encoded_blocks = stack.enter_context(closing(encode_in_order(job.recipe, job.blocks(), job.workers)))
-        for block, encoded in encoded_blocks:
-            job.report.add(block, encoded)
-            for writer, (tokens, lengths) in zip(writers, encoded.rows, strict=True):
-                writer.add_documents(tokens, lengths)
-            num_tokens = sum(writer.num_tokens for writer in writers)
-            rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
-            bad = f", {job.report.num_bad:,} bad records" if job.report.num_bad else ""
-            bar.set_postfix_str(f"{num_tokens:,} tokens, {rate:,.0f} tokens/s{bad}", refresh=False)
-            bar.update(block.num_bytes)
-        for writer in writers:
-            if writer.num_tokens == 0:
-                raise DataError(
-                    f"{writer.prefix}: no tokens in {len(job.sources)} inputs: nothing was written"
-                )
-    return writers
-
-
-def report_leftovers(prefixes: list[str]) -> None:
+def report_leftovers(prefixes: Sequence[str]) -> None:
     """Say so when an earlier run was cut off: what it wrote cannot be used."""
     for prefix in prefixes:
-        for left in Path(prefix).parent.glob(f".{Path(prefix).name}.*.tmp.bin"):
+        for left in left_aside(bin_path(prefix)):
             found = f"{left}: left by a run that was killed, or one that still writes here"
             print(
                 f"{found}: this run starts from the beginning; delete the file if none runs", file=sys.stderr
@@ -182,12 +98,12 @@ def job_from(arguments: argparse.Namespace) -> Job:
             raise DataError(f"--{name.replace('_', '-')}: expected at least {least}, found {found}")
     keys = tuple(dict.fromkeys(arguments.json_key))
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.eos_token)
+    place = TokenizerPlace(tokenizer.name, arguments.eos_token)
     if arguments.append_eod:
         _ = tokenizer.eos_token_id  # raises when there is none
     vocab_size = tokenizer.vocab_size if arguments.vocab_size is None else arguments.vocab_size
     if vocab_size < 1:
         raise DataError(f"--vocab-size: expected at least 1, found {vocab_size}")
-    place = TokenizerPlace(tokenizer.name, arguments.eos_token)
     limits = (arguments.append_eod, vocab_size, dtype_for(vocab_size), arguments.max_record_mib << 20)
     where = (arguments.dataset_config, arguments.dataset_split)
     return Job(
@@ -195,32 +111,28 @@ def job_from(arguments: argparse.Namespace) -> Job:
         [find_source(name, keys, *where) for name in arguments.input],
         [f"{arguments.output_prefix}_{key}_document" for key in keys],
         arguments.workers,
-        Report(arguments.max_bad_records),
+        BadRecords(arguments.max_bad_records),
     )
+
+
+def write(arguments: argparse.Namespace) -> None:
+    """Do what the arguments ask for, and say what was written."""
+    keep_workers_single_threaded()
+    job = job_from(arguments)
+    report_leftovers(job.prefixes)
+    writers = preprocess(job, progress=True)
+    bad = job.bad_records
+    if bad.count:
+        print(f"left out {bad.count:,} bad records; the first: {bad.first}", file=sys.stderr)
+    for writer in writers:
+        print(writer.summary())
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; 0 when the data is written, 2 when the user can put it right."""
     arguments = build_parser().parse_args(argv)
-    try:
-        keep_workers_single_threaded()
-        job = job_from(arguments)
-        report_leftovers(job.prefixes)
-        writers = preprocess(job)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted: nothing was written, a new run starts from the beginning", file=sys.stderr)
-        return 130
-    if job.report.num_bad:
-        print(
-            f"left out {job.report.num_bad:,} bad records; the first: {job.report.first_bad}", file=sys.stderr
-        )
-    for writer in writers:
-        counts = f"{writer.num_documents:,} documents, {writer.num_tokens:,} tokens of {writer.dtype}"
-        print(f"{writer.prefix}: {counts}")
-    return 0
+    kept = "nothing was written, a new run starts from the beginning"
+    return run_command(lambda: write(arguments), interrupted=kept)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class RopeScalingConfig(Section):
 
 
 class ModelConfig(Section):
-    """A dense Llama decoder: RMSNorm, rotary positions, grouped-query attention, gated MLP, no biases."""
+    """A dense Llama decoder: RMSNorm, rotary positions, grouped-query attention, gated MLP."""
 
     vocab_size: PositiveInt = Field(257, description="Rows of the embedding, in tokens, before any padding.")
     hidden_size: PositiveInt = Field(192, description="Width of the residual stream, in features.")

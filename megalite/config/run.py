@@ -49,7 +49,8 @@ class DataConfig(Section):
     seq_length: PositiveInt = Field(128, description="Length of one sample, in tokens.")
     mask_documents: bool = Field(
         False,
-        description="Whether attention stays within each document of a sample, and positions restart there.",
+        description="Whether attention stays within each sequence of the token files (a document, as our "
+        "tools write them), and positions restart there.",
     )
     split: str = Field("969,30,1", description="Weights of training, validation and test within `train`.")
     tokenizer: str | None = Field(

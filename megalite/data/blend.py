@@ -55,7 +55,7 @@ def normalize(weights: Sequence[float]) -> np.ndarray:
 def target_samples(
     weights: Sequence[float], num_samples: int, surplus: float = SURPLUS
 ) -> tuple[list[int], list[int]]:
-    """For each dataset: its share of `num_samples`, and how many samples to build for it."""
+    """Per dataset: its share of `num_samples`, and how many samples to build for it."""
     targets = [math.ceil(num_samples * float(weight)) for weight in weights]
     return targets, [math.ceil(target * (1 + surplus)) for target in targets]
 
@@ -102,7 +102,7 @@ def _choose_of_many(shares: np.ndarray, used: np.ndarray, positions: range) -> l
 
 
 def positions_within(chosen: np.ndarray, num_datasets: int) -> np.ndarray:
-    """For each sample, how many samples of its dataset come before it, i64 [num_samples]."""
+    """Per sample, how many samples of its dataset come before it, i64 [num_samples]."""
     order = np.argsort(chosen, kind="stable")  # dataset by dataset, each in the order of its samples
     counts = np.bincount(chosen, minlength=num_datasets)
     positions = np.empty(len(chosen), np.int64)

@@ -12,7 +12,6 @@ first to rename publishes, the others use what it published. Nobody waits for an
 import hashlib
 import json
 import shutil
-import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from megalite.data.error import DataError
-from megalite.data.indexed_writer import sync_and_close, sync_folder
 from megalite.data.token_file import open_bytes
+from megalite.files import aside_of, folder_aside, sync
 
 VERSION = 1  # of the arrays as well: another order of samples must not find the former one
 MANIFEST = "manifest.json"
@@ -63,35 +62,34 @@ class IndexCache:
 
     def _keep(self, entry: Path, made_from: dict[str, Any], arrays: Arrays) -> Arrays:
         """Publish an entry; returns it mapped, or the arrays as they are when that fails."""
-        aside = entry.with_name(f".{entry.name}.{uuid.uuid4().hex[:8]}.tmp")
         try:
-            aside.mkdir(parents=True)
-            _write(aside, made_from, arrays)
-            _publish(aside, entry, made_from)
+            _publish(entry, made_from, arrays)
             kept = _read(entry, made_from)
-            self.num_kept += 1
-            return kept
         except (OSError, DataError) as error:
             _warn(f"{self.folder}: index cache: {error}: the index is kept in memory only")
             return arrays
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        self.num_kept += 1
+        return kept
 
 
-def _publish(aside: Path, entry: Path, made_from: dict[str, Any]) -> None:
-    """Give a complete entry its name. What bears it already is a faster builder's, or damaged."""
+def _publish(entry: Path, made_from: dict[str, Any], arrays: Arrays) -> None:
+    """Write an entry, unless a faster builder's bears its name by then."""
     try:
-        aside.rename(entry)
+        with folder_aside(entry) as aside:
+            _write(aside, made_from, arrays)
+            _make_room(entry, made_from)
     except OSError:
         if not entry.exists():
             raise
-        try:
+
+
+def _make_room(entry: Path, made_from: dict[str, Any]) -> None:
+    """Remove an entry that is damaged: a rename to its name would be refused."""
+    try:
+        if entry.exists():
             _read(entry, made_from)
-        except DataError:
-            damaged = entry.rename(aside.with_suffix(".damaged.tmp"))
-            shutil.rmtree(damaged, ignore_errors=True)
-            aside.rename(entry)
-    sync_folder(entry.parent)
+    except DataError:
+        shutil.rmtree(entry.rename(aside_of(entry)), ignore_errors=True)
 
 
 def _write(folder: Path, made_from: dict[str, Any], arrays: Arrays) -> None:
@@ -103,13 +101,12 @@ def _write(folder: Path, made_from: dict[str, Any], arrays: Arrays) -> None:
         facts[name] = {"shape": list(array.shape), "dtype": array.dtype.str, "sha256": digest}
     manifest = {"made_from": made_from, "arrays": facts}
     _write_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-    sync_folder(folder)
 
 
 def _write_file(path: Path, data: bytes | memoryview) -> None:
     with path.open("wb") as file:
         file.write(data)
-        sync_and_close(file)
+        sync(file)
 
 
 def _read(entry: Path, made_from: dict[str, Any]) -> Arrays:

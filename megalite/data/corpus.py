@@ -3,26 +3,56 @@
 import json
 import os
 import platform
+import sys
 import sysconfig
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from tqdm import tqdm
 
-from megalite.data.documents import Encoder, encode_documents
+from megalite.data.encoding import Encoder, Recipe
 from megalite.data.error import DataError
 from megalite.data.indexed_dataset import IndexedDataset
-from megalite.data.indexed_writer import IndexedDatasetWriter, dtype_for
+from megalite.data.indexed_writer import dtype_for
+from megalite.data.input_block import InputBlock, Rows
+from megalite.data.preprocess import Job, preprocess
+from megalite.files import write_text, written_aside
 
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
-_BATCH_BYTES = 1 << 20
 
 
 class FingerprintedEncoder(Encoder, Protocol):
     """A tokenizer that can say whether it is the same one as before."""
 
     def fingerprint(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A tokenizer that is here already."""
+
+    encoder: Encoder
+
+    def load(self) -> Encoder:
+        """Itself."""
+        return self.encoder
+
+
+@dataclass(frozen=True)
+class StandardLibrary:
+    """The corpus as an input of preprocessing: a block per file, with progress of its own."""
+
+    limit_bytes: int | None
+    name: str = "Python standard library"
+    num_bytes: int | None = None
+
+    def blocks(self, max_bytes: int) -> Iterator[InputBlock]:
+        """All files, as tables of one row."""
+        for name, text in _documents(self.limit_bytes):
+            content = text.encode()
+            yield Rows(name, len(content), 0, [[content]])
 
 
 def read_corpus(folder: Path | None = None, max_bytes: int | None = None) -> Iterator[tuple[str, str]]:
@@ -51,24 +81,14 @@ def _source_files(root: Path) -> list[str]:
 
 
 def write_jsonl(path: str | Path, max_bytes: int | None = None) -> int:
-    """Write the corpus as JSON lines with keys `text` and `path`; returns the number of documents.
-
-    Complete or absent: written aside, synced and renamed.
-    """
+    """Write the corpus as JSON lines with keys `text` and `path`; returns the number of documents."""
     count = 0
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.tmp")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            for name, text in _documents(max_bytes):
-                file.write(json.dumps({"text": text, "path": name}, ensure_ascii=False) + "\n")
-                count += 1
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with written_aside(path) as file:
+        for name, text in _documents(max_bytes):
+            file.write(json.dumps({"text": text, "path": name}, ensure_ascii=False) + "\n")
+            count += 1
     return count
 
 
@@ -87,14 +107,10 @@ def prepare_default_data(
     }
     if not _is_complete(prefix, made_from):
         Path(f"{prefix}.json").unlink(missing_ok=True)
-        with IndexedDatasetWriter(prefix, dtype_for(tokenizer.vocab_size)) as writer:
-            for batch in _batches(max_bytes):
-                names, texts = [name for name, _ in batch], [text for _, text in batch]
-                size = tokenizer.vocab_size
-                writer.add_documents(*encode_documents(texts, tokenizer, writer.dtype, True, size, names))
-        aside = Path(f"{prefix}.json.tmp")
-        aside.write_text(json.dumps(made_from, indent=2) + "\n", encoding="utf-8")
-        aside.replace(f"{prefix}.json")
+        size = tokenizer.vocab_size
+        recipe = Recipe(Loaded(tokenizer), ("text",), True, size, dtype_for(size), sys.maxsize)
+        preprocess(Job(recipe, [StandardLibrary(max_bytes)], [prefix]))
+        write_text(f"{prefix}.json", json.dumps(made_from, indent=2) + "\n")
     return prefix
 
 
@@ -120,16 +136,3 @@ def _documents(max_bytes: int | None) -> Iterator[tuple[str, str]]:
     if empty:
         where = sysconfig.get_paths()["stdlib"]
         raise DataError(f"{where}: corpus: expected Python source files, found none: name data.train instead")
-
-
-def _batches(max_bytes: int | None) -> Iterator[list[tuple[str, str]]]:
-    """Documents in batches of about 1 MiB of text."""
-    batch, size = [], 0
-    for name, text in _documents(max_bytes):
-        batch.append((name, text))
-        size += len(text)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

@@ -1,26 +1,27 @@
-"""Blocks to token ids, in order, by as many worker processes as there are cores for it."""
+"""Texts to token ids: what a tokenizer makes of a block of input."""
 
-import os
-import signal
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
-from multiprocessing import get_context, parent_process
+from functools import cache
 from typing import Protocol
 
 import numpy as np
 
-from megalite.data.blocks import Block
-from megalite.data.documents import Encoder, encode_documents
-from megalite.data.error import DataError
+from megalite.data.input_block import InputBlock
+from megalite.data.token_ids import check_ids
 
-_INTERRUPTIONS = {signal.SIGINT, signal.SIGTERM}
-_SECONDS_BETWEEN_LOOKS = 2.0
-_BLOCKS_IN_FLIGHT = 6  # for each worker: it never waits, and memory stays flat
+
+class Encoder(Protocol):
+    """What is needed of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos_token_id(self) -> int: ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 
 
 class EncoderSource(Protocol):
@@ -33,7 +34,11 @@ class EncoderSource(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How blocks become ids; the same for all workers."""
+    """How blocks become ids; the same for all workers.
+
+    With `append_eod` the end-of-text id closes each document that has tokens. An id that is not in
+    [0, vocab_size), or does not fit `dtype`, is an error.
+    """
 
     tokenizer: EncoderSource
     keys: tuple[str, ...]
@@ -45,97 +50,47 @@ class Recipe:
 
 @dataclass
 class Encoded:
-    """What became of a block: for each key ids back to back and document lengths; and what was left out."""
+    """What became of a block: per key, ids back to back and document lengths; and what was left out."""
 
     rows: list[tuple[np.ndarray, np.ndarray]]
     num_records: int
     bad_records: list[tuple[int, str]]
 
 
-def encode_in_order(
-    recipe: Recipe, blocks: Iterable[Block], workers: int
-) -> Generator[tuple[Block, Encoded], None, None]:
-    """Blocks with their ids, in order; with 0 workers by this process itself. Close it when stopping early.
+def encode_block(recipe: Recipe, block: InputBlock) -> Encoded:
+    """Read the records of a block and encode their texts. Raises DataError for an id that is not allowed."""
+    found, encoder = block.read(recipe.keys, recipe.max_record_bytes), load_encoder(recipe.tokenizer)
 
-    Raises DataError for an id that the recipe does not allow, and when a worker process dies.
-    """
-    if workers == 0:
-        return ((block, encode_block(recipe, block)) for block in blocks)
-    return _encode_in_processes(recipe, blocks, workers)
+    def name(text: int) -> str:
+        return block.describe(found.numbers[text])
 
-
-def encode_block(recipe: Recipe, block: Block) -> Encoded:
-    """Read, encode."""
-    found = block.read(recipe.keys, recipe.max_record_bytes)
-    names = [block.describe(record) for record in found.records]
-    how = (_loaded(recipe.tokenizer), recipe.dtype, recipe.append_eod, recipe.vocab_size, names)
-    rows = [encode_documents(texts, *how) for texts in found.texts]
+    rows = [encode_texts(texts, encoder, recipe, name) for texts in found.texts]
     return Encoded(rows, found.num_records, found.bad_records)
 
 
 @cache
-def _loaded(tokenizer: EncoderSource) -> Encoder:
-    """One for each process."""
+def load_encoder(tokenizer: EncoderSource) -> Encoder:
+    """The tokenizer, loaded once per process."""
     return tokenizer.load()
 
 
-def _encode_in_processes(
-    recipe: Recipe, blocks: Iterable[Block], workers: int
-) -> Generator[tuple[Block, Encoded], None, None]:
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (recipe,))
-    flying: deque[tuple[Block, Future[Encoded]]] = deque()
-    try:
-        for block in blocks:
-            with _signals_waiting():
-                flying.append((block, pool.submit(encode_block, recipe, block)))
-            if len(flying) >= _BLOCKS_IN_FLIGHT * workers:
-                done, future = flying.popleft()
-                yield done, future.result()
-        while flying:
-            done, future = flying.popleft()
-            yield done, future.result()
-    except BrokenProcessPool:
-        remedy = "perhaps out of memory: lower --workers or --max-record-mib"
-        raise DataError(f"a worker process died: {remedy}") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+def encode_texts(
+    texts: list[str], encoder: Encoder, recipe: Recipe, name: Callable[[int], str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of all texts back to back, in the recipe's dtype, and their lengths i64 [texts], 0 without tokens.
 
-
-@contextmanager
-def _signals_waiting() -> Iterator[None]:
-    """Hold interruptions back: one in the middle of the pool's queues could leave a lock held for ever.
-
-    A handler does it, not a mask: other threads take signals too, and the main thread is interrupted.
+    Raises DataError with the `name` of the text for an id that the recipe does not allow.
     """
-    arrived: list[int] = []
-
-    def hold(number: int, frame: object) -> None:
-        arrived.append(number)
-
-    before = {number: signal.signal(number, hold) for number in _INTERRUPTIONS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for caught in arrived:
-            signal.raise_signal(caught)
-
-
-def _start_worker(recipe: Recipe) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
-    parent = parent_process()  # os.getppid() may be another one already
-    assert parent is not None
-    signal.signal(signal.SIGALRM, partial(_exit_without_parent, parent.pid))
-    signal.setitimer(signal.ITIMER_REAL, _SECONDS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LOOKS)
-    _loaded(recipe.tokenizer)
-
-
-def _exit_without_parent(parent: int | None, *_: object) -> None:
-    """A parent that was killed cannot stop its workers; they would wait for work forever.
-
-    An alarm looks after it, not a thread: a process with a second thread allocates memory behind locks, and
-    `tokenizers` is then 7 % slower.
-    """
-    if os.getppid() != parent:
-        os._exit(1)
+    rows = encoder.encode_batch(texts)
+    end = [encoder.eos_token_id] if recipe.append_eod else []
+    ids = array("q")  # half the time of np.fromiter
+    for row in rows:
+        ids.fromlist(row)
+        if row:
+            ids.fromlist(end)
+    lengths = np.fromiter(map(len, rows), np.int64, len(rows))
+    lengths[lengths > 0] += len(end)
+    tokens = np.frombuffer(ids, np.int64)
+    limit = min(recipe.vocab_size, int(np.iinfo(recipe.dtype).max) + 1)
+    check_ids(tokens, limit, lambda at: name(int(np.searchsorted(np.cumsum(lengths), at, side="right"))))
+    return tokens.astype(recipe.dtype), lengths

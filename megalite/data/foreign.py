@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from megalite.data.error import DataError
-from megalite.data.indexed_writer import check_ids
 from megalite.data.token_file import open_bytes
+from megalite.data.token_ids import check_ids
 
 FORMATS = ("flat", "llmc", "datatrove")
 ID_TYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
@@ -111,10 +111,12 @@ def read_datatrove(path: Path, dtype: np.dtype | None) -> Pieces:
 def check_pieces(path: Path, pieces: Pieces, vocab_size: int) -> Pieces:
     """The same; DataError for the first id that is not below `vocab_size`, naming its place."""
     before = 0
+
+    def place(at: int) -> str:
+        return f"{path}: at token {before + at:,}"
+
     for tokens, lengths in pieces:
-        for start in range(0, len(tokens), BLOCK_TOKENS):
-            block = tokens[start : start + BLOCK_TOKENS]
-            check_ids(block, vocab_size, f"{path}: after token {before + start:,}")
+        check_ids(tokens, vocab_size, place)
         before += len(tokens)
         yield tokens, lengths
 

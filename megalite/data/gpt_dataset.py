@@ -193,18 +193,21 @@ class GPTDataset:
         return len(self.index.shuffle)
 
     def __getitem__(self, position: int) -> np.ndarray:
-        documents, start, stop = self._locate(position)
-        if len(documents) == 1:
-            return self.indexed.get(documents[0], start, stop - start + 1).astype(np.int64)
-        parts = [self.indexed.get(documents[0], start)]
-        parts += [self.indexed.get(document) for document in documents[1:-1]]
-        parts.append(self.indexed.get(documents[-1], 0, stop + 1))
+        sequences, start, stop = self._locate(position)
+        if len(sequences) == 1:
+            return self.indexed.get(sequences[0], start, stop - start + 1).astype(np.int64)
+        parts = [self.indexed.get(sequences[0], start)]
+        parts += [self.indexed.get(sequence) for sequence in sequences[1:-1]]
+        parts.append(self.indexed.get(sequences[-1], 0, stop + 1))
         return np.concatenate(parts, dtype=np.int64)
 
     def document_starts(self, position: int) -> np.ndarray:
-        """For each input of a sample, where in it that token's sequence starts, i64 [seq_length]."""
-        documents, start, stop = self._locate(position)
-        sizes = self.indexed.sequence_lengths[documents].astype(np.int64)
+        """Per input of a sample, where in it that token's sequence starts, i64 [seq_length].
+
+        A document of several sequences starts anew with each of them.
+        """
+        sequences, start, stop = self._locate(position)
+        sizes = self.indexed.sequence_lengths[sequences].astype(np.int64)
         sizes[-1] = stop
         sizes[0] -= start
         return np.repeat(np.cumsum(sizes) - sizes, sizes)

@@ -1,18 +1,19 @@
-"""Megatron token files, written: complete or absent, in flat memory (12 bytes for each document)."""
+"""Megatron token files, written: complete or absent, in flat memory (12 bytes per document)."""
 
-import os
-import uuid
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import ArrayLike
+from tqdm import tqdm
 
 from megalite.data.error import DataError
 from megalite.data.indexed_dataset import DTYPES, HEADER, MAGIC, VERSION, IndexedDataset, bin_path, idx_path
+from megalite.data.token_ids import check_ids
+from megalite.files import aside_of, sync, written_aside
 
 UINT16, INT32 = DTYPES[8], DTYPES[4]
 _CODES = {UINT16: 8, INT32: 4}  # what is written; more is read
@@ -24,15 +25,6 @@ _COPY_TOKENS = 1 << 22
 def dtype_for(vocab_size: int) -> np.dtype:
     """u16 for vocabularies below 65,500 ids, else i32: the choice of Megatron's preprocessor."""
     return UINT16 if vocab_size < _LARGEST_UINT16_VOCABULARY else INT32
-
-
-def check_ids(ids: np.ndarray, limit: int, where: str) -> None:
-    """Raise DataError naming `where` and the first id that is not in [0, limit)."""
-    if ids.size and (ids.min() < 0 or ids.max() >= limit):
-        bad = int(ids[np.argmax((ids < 0) | (ids >= limit))])
-        raise DataError(
-            f"{where}: token id: expected 0 to {limit - 1}, found {bad}: wrong tokenizer or id type?"
-        )
 
 
 class IndexedDatasetWriter:
@@ -56,16 +48,19 @@ class IndexedDatasetWriter:
         self._limit = int(np.iinfo(self.dtype).max) + 1
         self._lengths, self._boundaries = array("i"), array("q", [0])
         self.num_tokens = 0
-        folder = bin_path(prefix).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        name = f".{Path(self.prefix).name}.{uuid.uuid4().hex[:8]}.tmp"
-        self._temporary_bin, self._temporary_idx = folder / f"{name}.bin", folder / f"{name}.idx"
-        self._bin = self._temporary_bin.open("wb")
+        bin_path(prefix).parent.mkdir(parents=True, exist_ok=True)
+        self._aside = aside_of(bin_path(prefix))
+        self._bin = self._aside.open("wb")
 
     @property
     def num_documents(self) -> int:
         """Documents added so far, empty ones included."""
         return len(self._boundaries) - 1
+
+    def summary(self) -> str:
+        """The prefix, and what was written, in one line."""
+        counts = f"{self.num_documents:,} documents, {self.num_tokens:,} tokens of {self.dtype}"
+        return f"{self.prefix}: {counts}"
 
     def add_document(self, sequences: Iterable[ArrayLike]) -> None:
         """Append one document made of `sequences`; sequences without tokens are left out."""
@@ -107,20 +102,17 @@ class IndexedDatasetWriter:
 
     def publish(self) -> None:
         """Sync both files and give them their names; the writer is finished then."""
-        sync_and_close(self._bin)
-        with self._temporary_idx.open("wb") as index:
+        sync(self._bin)
+        with written_aside(idx_path(self.prefix), "wb") as index:
             self._write_index(index)
-            sync_and_close(index)
-        idx_path(self.prefix).unlink(missing_ok=True)
-        self._temporary_bin.replace(bin_path(self.prefix))
-        self._temporary_idx.replace(idx_path(self.prefix))
-        sync_folder(bin_path(self.prefix).parent)
+            sync(index)  # the old pair may go now
+            idx_path(self.prefix).unlink(missing_ok=True)
+            self._aside.replace(bin_path(self.prefix))
 
     def discard(self) -> None:
-        """Remove the temporary files."""
+        """Remove what is not published."""
         self._bin.close()
-        for path in (self._temporary_bin, self._temporary_idx):
-            path.unlink(missing_ok=True)
+        self._aside.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -160,27 +152,23 @@ class IndexedDatasetWriter:
         index.write(np.frombuffer(self._boundaries, np.int64).astype("<i8").data)
 
 
-def merge_datasets(prefixes: Sequence[str | Path], output_prefix: str | Path) -> None:
-    """Write the documents of several datasets of one dtype, in the order given, as one dataset."""
+def merge_datasets(
+    prefixes: Sequence[str | Path], output_prefix: str | Path, progress: bool = False
+) -> IndexedDatasetWriter:
+    """Write the documents of several datasets of one dtype, in the order given, as one dataset.
+
+    Returns the writer, with what it counted. Raises DataError, and writes nothing, for no dataset, one that
+    cannot be opened or has another dtype, and an output that is one of the inputs.
+    """
     if not prefixes:
         raise DataError(f"{output_prefix}: parts: expected at least 1 dataset to merge, found 0")
-    parts = [IndexedDataset(prefix) for prefix in prefixes]
-    with IndexedDatasetWriter(output_prefix, parts[0].dtype) as writer:
+    parts, output = [IndexedDataset(prefix) for prefix in prefixes], bin_path(output_prefix)
+    if output.exists() and any(output.samefile(bin_path(part.prefix)) for part in parts):
+        raise DataError(f"{output_prefix}: output: expected another name than those of the inputs")
+    total = sum(part.num_tokens for part in parts)
+    bar = tqdm(total=total, desc="merge", unit="token", unit_scale=True, disable=not progress)
+    with IndexedDatasetWriter(output_prefix, parts[0].dtype) as writer, bar:
         for part in parts:
             writer.add_dataset(part)
-
-
-def sync_and_close(file: BinaryIO) -> None:
-    """Close a file that is on the disk by then."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-def sync_folder(folder: Path) -> None:
-    """See that a folder's names, as they are now, are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            bar.update(part.num_tokens)
+    return writer

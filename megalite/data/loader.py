@@ -6,11 +6,13 @@ dp_size takes the r-th of as many equal, contiguous slices. Neither the micro ba
 before matters.
 """
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 import torch
 
+from megalite.batch import Batch
 from megalite.data.error import DataError
 from megalite.data.indexed_dataset import IndexedDataset
 
@@ -28,8 +30,16 @@ class Samples(Protocol):
     def document_starts(self, position: int) -> np.ndarray: ...
 
 
+class Batches(Protocol):
+    """Where a step's batch comes from."""
+
+    def batch(self, consumed_samples: int) -> list[Batch]: ...
+
+
 class BatchLoader:
     """Micro batches for one data-parallel rank; b samples each, with s = seq_length.
+
+    reads_tokens: False on stages between the ends of a pipeline, which need neither ids nor labels.
 
     Raises DataError when the global batch does not divide over ranks and micro batches.
     """
@@ -37,12 +47,14 @@ class BatchLoader:
     def __init__(
         self,
         dataset: Samples,
+        *,
         global_batch_samples: int,
         num_micro_batches: int,
         dp_rank: int,
         dp_size: int,
         vocab_size: int,
         mask_documents: bool = False,
+        reads_tokens: bool = True,
     ) -> None:
         if global_batch_samples < 1 or global_batch_samples % (dp_size * num_micro_batches):
             pieces = f"{dp_size} data-parallel ranks x {num_micro_batches} micro batches"
@@ -51,13 +63,14 @@ class BatchLoader:
             raise DataError(f"dp_rank: expected 0 to {dp_size - 1}, found {dp_rank}")
         self.dataset, self.vocab_size = dataset, vocab_size
         self.global_batch_samples, self.num_micro_batches = global_batch_samples, num_micro_batches
-        self.dp_rank, self.dp_size, self.mask_documents = dp_rank, dp_size, mask_documents
+        self.dp_rank, self.dp_size = dp_rank, dp_size
+        self.mask_documents, self.reads_tokens = mask_documents, reads_tokens
 
-    def batch(self, consumed_samples: int) -> list[tuple[torch.Tensor, ...]]:
+    def batch(self, consumed_samples: int) -> list[Batch]:
         """The next global batch's part for this rank, after `consumed_samples` samples of the dataset.
 
-        Returns num_micro_batches pairs (input_ids, labels), each i64 [b, s]; labels are inputs one token on.
-        With mask_documents, a third tensor says for each input where in the sample its document starts.
+        Returns num_micro_batches batches; labels are the inputs one token on. With mask_documents they say
+        for each input where in the sample its document starts.
 
         Raises DataError when the dataset is exhausted or holds an id outside the vocabulary.
         """
@@ -67,14 +80,18 @@ class BatchLoader:
             raise DataError(f"the data is exhausted: {asked}: take fewer steps or build more samples")
         size = self.global_batch_samples // self.dp_size
         first = consumed_samples + self.dp_rank * size
-        positions = range(first, first + size)
-        samples = np.stack([self.dataset[position] for position in positions])
-        self._check_vocabulary(samples, first)
-        parts = [samples[:, :-1], samples[:, 1:]]
+        return self._read(range(first, first + size)).split(self.num_micro_batches)
+
+    def _read(self, positions: range) -> Batch:
+        parts: dict[str, np.ndarray] = {}
+        if self.reads_tokens:
+            samples = np.stack([self.dataset[position] for position in positions])
+            self._check_vocabulary(samples, positions.start)
+            parts |= {"input_ids": samples[:, :-1], "labels": samples[:, 1:]}
         if self.mask_documents:
-            parts.append(np.stack([self.dataset.document_starts(position) for position in positions]))
-        tensors = [torch.from_numpy(part.copy()).chunk(self.num_micro_batches) for part in parts]
-        return list(zip(*tensors, strict=True))
+            starts = [self.dataset.document_starts(position) for position in positions]
+            parts["document_starts"] = np.stack(starts)
+        return Batch(**{name: torch.from_numpy(part.copy()) for name, part in parts.items()})
 
     def _check_vocabulary(self, samples: np.ndarray, first: int) -> None:
         bad = _first_outside(samples, self.vocab_size)
@@ -82,6 +99,28 @@ class BatchLoader:
             row, column = divmod(bad, samples.shape[1])
             found = f"found token id {samples[row, column]} in sample {first + row}"
             raise DataError(f"vocabulary: expected ids 0 to {self.vocab_size - 1}, {found}: {_REMEDY}")
+
+
+class PreparedBatches:
+    """Reads each batch while the step before it computes; what a step sees does not change.
+
+    An error of a batch that is read ahead is raised when, and only if, the batch is asked for.
+    """
+
+    def __init__(self, loader: BatchLoader) -> None:
+        self._loader = loader
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: dict[int, Future[list[Batch]]] = {}
+
+    def batch(self, consumed_samples: int) -> list[Batch]:
+        """As the loader's."""
+        ready = self._ahead.pop(consumed_samples, None) or self._start(consumed_samples)
+        following = consumed_samples + self._loader.global_batch_samples
+        self._ahead = {following: self._start(following)}
+        return ready.result()
+
+    def _start(self, consumed_samples: int) -> Future[list[Batch]]:
+        return self._thread.submit(self._loader.batch, consumed_samples)
 
 
 def check_vocabulary(indexed: IndexedDataset, vocab_size: int, max_tokens: int = 64 << 20) -> None:

@@ -9,32 +9,24 @@ Text and JSON lines may be compressed. Memory stays flat: workers read plain fil
 read once, from beginning to end, in small blocks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from megalite.data.blocks import Block, LineRange, Lines, Rows, TextFile, read_line
+from tqdm import tqdm
+
 from megalite.data.compression import decompressed, is_compressed, plain_suffix
 from megalite.data.error import DataError
+from megalite.data.input_block import InputBlock, LineRange, Lines, Rows, TextFile, read_line
 from megalite.data.tables import HUB, Columns, HubTable, ParquetTable
 
 BLOCK_BYTES = 1 << 18
+MAX_TEXT_BYTES = 1 << 26  # of a record that is read whole, to learn from
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 _NOT_TEXT = (
-    ".xz",
-    ".zip",
-    ".tar",
-    ".tgz",
-    ".7z",
-    ".arrow",
-    ".bin",
-    ".idx",
-    ".npy",
-    ".ds",
-    ".pt",
-    ".safetensors",
-)
+    ".xz", ".zip", ".tar", ".tgz", ".7z", ".arrow", ".bin", ".idx", ".npy", ".ds", ".pt", ".safetensors",
+)  # fmt: skip
 
 
 class Source(Protocol):
@@ -46,7 +38,7 @@ class Source(Protocol):
     @property
     def num_bytes(self) -> int | None: ...
 
-    def blocks(self, max_bytes: int) -> Iterator[Block]:
+    def blocks(self, max_bytes: int) -> Iterator[InputBlock]:
         """All of it, in order; records of more than `max_bytes` are not kept in memory."""
         ...
 
@@ -58,10 +50,10 @@ class PlainLines:
     name: str
     num_bytes: int
 
-    def blocks(self, max_bytes: int) -> Iterator[Block]:
+    def blocks(self, max_bytes: int) -> Iterator[InputBlock]:
         """Byte ranges, which workers read."""
         for start in range(0, self.num_bytes, BLOCK_BYTES):
-            yield LineRange(self.name, start, min(start + BLOCK_BYTES, self.num_bytes))
+            yield LineRange(self.name, min(BLOCK_BYTES, self.num_bytes - start), start)
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ class CompressedLines:
     name: str
     num_bytes: int
 
-    def blocks(self, max_bytes: int) -> Iterator[Block]:
+    def blocks(self, max_bytes: int) -> Iterator[InputBlock]:
         """Lines, decompressed here: a tokenizer is far slower than that."""
         lines: list[bytes | None] = []
         size = read = before = 0
@@ -94,7 +86,7 @@ class PlainText:
     name: str
     num_bytes: int
 
-    def blocks(self, max_bytes: int) -> Iterator[Block]:
+    def blocks(self, max_bytes: int) -> Iterator[InputBlock]:
         """One block."""
         yield TextFile(self.name, self.num_bytes)
 
@@ -108,7 +100,7 @@ class Table:
     table: ParquetTable | HubTable
     num_rows: int | None = None
 
-    def blocks(self, max_bytes: int) -> Iterator[Block]:
+    def blocks(self, max_bytes: int) -> Iterator[InputBlock]:
         """Rows in groups. Their shares of the input are those of their number, or their own size."""
         before = 0
         for columns in _grouped(self.table.read()):
@@ -118,6 +110,12 @@ class Table:
                 share = self.num_bytes * len(columns[0]) // (self.num_rows or 1)
             yield Rows(self.name, share, before, columns)
             before += len(columns[0])
+
+
+def total_bytes(sources: Sequence[Source]) -> int | None:
+    """Size of all inputs together, where it is known."""
+    sizes = [source.num_bytes for source in sources]
+    return None if None in sizes else sum(size or 0 for size in sizes)
 
 
 def find_source(name: str, keys: tuple[str, ...], subset: str | None = None, split: str = "train") -> Source:
@@ -142,6 +140,24 @@ def find_source(name: str, keys: tuple[str, ...], subset: str | None = None, spl
     if kind not in _JSON_LINES:
         return PlainText(name, size)
     return CompressedLines(name, size) if is_compressed(path) else PlainLines(name, size)
+
+
+def read_texts(sources: Sequence[Source], key: str, max_bytes: int | None = None) -> Iterator[str]:
+    """The texts under `key` of all inputs with progress, until `max_bytes` of input.
+
+    Raises DataError for a record without text.
+    """
+    total = min(filter(None, (total_bytes(sources), max_bytes)), default=None)
+    blocks = (block for source in sources for block in source.blocks(MAX_TEXT_BYTES))
+    with tqdm(total=total, desc="read", unit="B", unit_scale=True) as bar:
+        for block in blocks:
+            if max_bytes is not None and bar.n >= max_bytes:
+                return
+            found = block.read((key,), MAX_TEXT_BYTES)
+            for record, reason in found.bad_records[:1]:
+                raise DataError(f"{block.describe(record)}: {reason}")
+            yield from found.texts[0]
+            bar.update(block.num_bytes)
 
 
 def _grouped(pieces: Iterator[Columns]) -> Iterator[Columns]:

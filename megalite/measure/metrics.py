@@ -1,11 +1,12 @@
 """What is measured at each optimizer step: kept in metrics.jsonl, sent to TensorBoard, shown as progress."""
 
 import json
-import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megalite.files import write_text
 from megalite.measure.progress import Progress, seconds_in_words
 
 if TYPE_CHECKING:
@@ -78,9 +79,12 @@ class Metrics:
         grad_norm: float,
         learning_rate: float,
         step_seconds: float,
-        validation_loss: float | None = None,
+        **further: float | None,
     ) -> None:
-        """Keep and show one optimizer step (1-based). Losses are in nats per token."""
+        """Keep and show one optimizer step (1-based). Losses are in nats per token.
+
+        further: numbers that not every step or run has, by name, such as `validation_loss`; None is left out.
+        """
         row: dict[str, Any] = {
             "step": step,
             "loss": loss,
@@ -90,12 +94,12 @@ class Metrics:
             "step_seconds": step_seconds,
             **self._workload.speed(step_seconds),
         }
-        if validation_loss is not None:
-            row["validation_loss"] = validation_loss
+        assert not further.keys() & row.keys(), "a number has one name"
+        row |= {name: number for name, number in further.items() if number is not None}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._tensorboard:
-            _write_scalars(self._tensorboard, row)
+            _write_scalars(self._tensorboard, row, TENSORBOARD_TAGS | _more_tags(further))
         self._rows.append(row)
         self._progress.show(row)
 
@@ -124,19 +128,13 @@ class Metrics:
 
 
 def cut_rows_after(file: Path, last_step: int) -> None:
-    """Remove the rows of steps after `last_step`, and a last row that was cut short: all at once."""
+    """Remove the rows of steps after `last_step`, and what a crash cut short: all at once."""
     if not file.exists():
         return
     lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= last_step]
-    if kept == lines:
-        return
-    partial = file.with_name(file.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as output:
-        output.writelines(kept)
-        output.flush()
-        os.fsync(output.fileno())
-    partial.rename(file)
+    if kept != lines:
+        write_text(file, "".join(kept))
 
 
 def _step_of(line: str) -> float:
@@ -153,8 +151,12 @@ def _open_tensorboard(run_dir: Path, last_step: int) -> "SummaryWriter":
     return SummaryWriter(log_dir=str(run_dir / TENSORBOARD_FOLDER), purge_step=last_step + 1)
 
 
-def _write_scalars(tensorboard: "SummaryWriter", row: dict[str, Any]) -> None:
-    for name, tag in TENSORBOARD_TAGS.items():
+def _more_tags(names: Iterable[str]) -> dict[str, str]:
+    return {name: f"more/{name}" for name in names if name not in TENSORBOARD_TAGS}
+
+
+def _write_scalars(tensorboard: "SummaryWriter", row: dict[str, Any], tags: dict[str, str]) -> None:
+    for name, tag in tags.items():
         if name in row:
             tensorboard.add_scalar(tag, row[name], row["step"])
     tensorboard.flush()

@@ -5,12 +5,11 @@ from torch import nn
 
 from megalite.config.model import ModelConfig
 from megalite.model.attention import ParallelAttention
-from megalite.model.documents import Documents
-from megalite.model.layout import StageLayout
 from megalite.model.mlp import ParallelMLP
 from megalite.model.rope import RotaryEmbedding
+from megalite.model.spans import AttentionSpans
 from megalite.parallel.norm import ParallelRMSNorm
-from megalite.parallel.shard import Initializer
+from megalite.parallel.plan import LayerPlan
 
 
 class DecoderBlock(nn.Module):
@@ -20,32 +19,24 @@ class DecoderBlock(nn.Module):
         self,
         config: ModelConfig,
         rotary: RotaryEmbedding,
-        layout: StageLayout,
+        plan: LayerPlan,
         *,
         name: str,
-        init: Initializer,
-        dtype: torch.dtype | None = None,
+        recompute_attention: bool = False,
     ) -> None:
         super().__init__()
 
         def norm(part: str) -> ParallelRMSNorm:
-            return ParallelRMSNorm(
-                config.hidden_size,
-                eps=config.rms_norm_eps,
-                group=layout.context.tp_group,
-                sequence_parallel=layout.sequence_parallel,
-                name=f"{name}.{part}",
-                dtype=dtype,
-            )
+            return ParallelRMSNorm(config.hidden_size, plan, eps=config.rms_norm_eps, name=f"{name}.{part}")
 
         self.input_layernorm = norm("input_layernorm")
         self.self_attn = ParallelAttention(
-            config, rotary, layout, name=f"{name}.self_attn", init=init, dtype=dtype
+            config, rotary, plan, name=f"{name}.self_attn", recompute=recompute_attention
         )
         self.post_attention_layernorm = norm("post_attention_layernorm")
-        self.mlp = ParallelMLP(config, layout, name=f"{name}.mlp", init=init, dtype=dtype)
+        self.mlp = ParallelMLP(config, plan, name=f"{name}.mlp")
 
-    def forward(self, x: torch.Tensor, documents: Documents | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, spans: AttentionSpans | None = None) -> torch.Tensor:
         """[s, b, h] (or [s/t, b, h] under sequence parallelism), the shape kept."""
-        x = x + self.self_attn(self.input_layernorm(x), documents)
+        x = x + self.self_attn(self.input_layernorm(x), spans=spans)
         return x + self.mlp(self.post_attention_layernorm(x))

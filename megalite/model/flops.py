@@ -9,6 +9,7 @@ from math import ceil
 
 from megalite.config.deepspeed import Precision
 from megalite.config.model import ModelConfig
+from megalite.model.table import layer_table, model_table
 
 FLOPS_FORMULA = (
     "6 x matmul parameters (output layer counted, embedding lookup and norms not) + "
@@ -21,28 +22,12 @@ _BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 def num_parameters(config: ModelConfig) -> int:
     """Trainable numbers of the whole model; the vocabulary's padding and a tied head's copy not counted."""
-    tables = 1 if config.tie_word_embeddings else 2
-    ends = tables * config.vocab_size * config.hidden_size + config.hidden_size
-    return ends + config.num_hidden_layers * parameters_per_layer(config)
+    return sum(row.num_elements for row in model_table(config))
 
 
 def parameters_per_layer(config: ModelConfig, tp_size: int = 1) -> int:
-    """Numbers of one decoder layer on one tensor-parallel rank.
-
-    Matrices are cut over t; key and value heads at most K times, and held t/K-fold beyond; norms and the
-    biases of outputs are whole.
-    """
-    query, key_value, mlp = _matrices(config)
-    width, heads = config.hidden_size, config.num_attention_heads
-    whole = 2 * width
-    if config.attention_bias:
-        query += heads * config.head_dim
-        key_value += 2 * config.num_key_value_heads * config.head_dim
-        whole += width
-    if config.mlp_bias:
-        mlp += 2 * config.intermediate_size
-        whole += width
-    return query // tp_size + key_value // min(tp_size, config.num_key_value_heads) + mlp // tp_size + whole
+    """Numbers of one decoder layer on one tensor-parallel rank; key and value heads have copies beyond K."""
+    return sum(row.num_local_elements(tp_size) for row in layer_table(config, 0))
 
 
 def flops_per_token(config: ModelConfig, seq_length: int) -> int:
@@ -51,11 +36,10 @@ def flops_per_token(config: ModelConfig, seq_length: int) -> int:
     6 per matmul parameter and 12 L A d s for attention: PaLM (arXiv 2204.02311), appendix B. It agrees with
     equation 3 of Megatron-LM (arXiv 2104.04473) without its recomputed forward.
     """
-    matmul_parameters = (
-        config.num_hidden_layers * sum(_matrices(config)) + config.vocab_size * config.hidden_size
-    )
+    matrices = sum(row.num_elements for row in model_table(config) if row.kind == "matrix")
+    head = config.vocab_size * config.hidden_size
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_length
-    return 6 * matmul_parameters + attention
+    return 6 * (matrices + head) + attention
 
 
 @dataclass(frozen=True)
@@ -78,15 +62,18 @@ def model_state_bytes(
     zero_stage: int,
     precision: Precision,
     grad_accum_dtype: Precision | None = None,
+    optimizer_bytes: int = 8,
 ) -> ModelStateBytes:
     """Bytes of a rank whose stage and tensor-parallel slice hold `num_local_parameters` before ZeRO.
 
     ZeRO (arXiv 1910.02054, figure 1): stage 1 cuts the optimizer over n ranks, 2 the gradients, 3 the
-    parameters. The optimizer is Adam in fp32: two moments, and a master copy of the weights. DeepSpeed makes
-    that copy at stages 1 and 2 even when the weights are fp32 themselves; at stage 3 it then shares them.
+    parameters. The optimizer keeps `optimizer_bytes` per parameter (AdamW's two moments in fp32: 8), and an
+    fp32 master copy of the weights. DeepSpeed makes that copy at stages 1 and 2 even when the weights are
+    fp32 themselves; at stage 3 it then shares them.
     """
     master_copy = precision != "fp32" or zero_stage in (1, 2)
-    sizes = (_BYTES[precision], _BYTES[grad_accum_dtype or precision], 12 if master_copy else 8)
+    optimizer = optimizer_bytes + (4 if master_copy else 0)
+    sizes = (_BYTES[precision], _BYTES[grad_accum_dtype or precision], optimizer)
     cut_from_stage = (3, 2, 1)
     parts = [
         num_local_parameters * size / (dp_size if zero_stage >= stage else 1)
@@ -104,6 +91,7 @@ def model_state_bytes_per_rank(
     zero_stage: int = 0,
     precision: Precision = "fp32",
     grad_accum_dtype: Precision | None = None,
+    optimizer_bytes: int = 8,
 ) -> ModelStateBytes:
     """Bytes of the rank that holds most, see `model_state_bytes`; the vocabulary's padding is not counted."""
     return model_state_bytes(
@@ -112,6 +100,7 @@ def model_state_bytes_per_rank(
         zero_stage=zero_stage,
         precision=precision,
         grad_accum_dtype=grad_accum_dtype,
+        optimizer_bytes=optimizer_bytes,
     )
 
 
@@ -120,11 +109,3 @@ def parameters_of_fullest_stage(config: ModelConfig, tp_size: int = 1, pp_size: 
     tables = 2 if pp_size == 1 and not config.tie_word_embeddings else 1
     ends = tables * config.vocab_size * config.hidden_size // tp_size + config.hidden_size
     return ends + ceil(config.num_hidden_layers / pp_size) * parameters_per_layer(config, tp_size)
-
-
-def _matrices(config: ModelConfig) -> tuple[int, int, int]:
-    """Numbers in a layer's matrices: query and output, key and value, MLP."""
-    width = config.hidden_size
-    query = 2 * width * config.num_attention_heads * config.head_dim
-    key_value = 2 * width * config.num_key_value_heads * config.head_dim
-    return query, key_value, 3 * width * config.intermediate_size

@@ -1,116 +1,140 @@
-"""One pipeline stage of a Llama decoder: [embedding] blocks [norm, head, loss].
+"""A share of a Llama decoder: [embedding] blocks [norm, head, loss]; by default all of it.
 
-With one stage it is the whole model. Shapes: s sequence, b micro batch, h hidden, V vocabulary,
-t tensor-parallel ranks; under sequence parallelism activations between blocks are [s/t, b, h].
+Shapes: s sequence, b micro batch, h hidden, V vocabulary, t tensor-parallel ranks; under sequence
+parallelism activations between blocks are [s/t, b, h].
 """
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from megalite.batch import Batch
 from megalite.config.model import ModelConfig
 from megalite.model.block import DecoderBlock
-from megalite.model.documents import Documents
 from megalite.model.init import llama_initializer
-from megalite.model.layout import StageLayout
+from megalite.model.loss import next_token_loss
 from megalite.model.rope import RotaryEmbedding
-from megalite.parallel.cross_entropy import vocab_parallel_cross_entropy
+from megalite.model.share import StageShare
+from megalite.model.spans import AttentionSpans
+from megalite.model.table import TensorRow, model_table
 from megalite.parallel.embedding import VocabParallelEmbedding, vocabulary_spec
 from megalite.parallel.linear import ColumnParallelLinear
 from megalite.parallel.norm import ParallelRMSNorm
-from megalite.parallel.shard import Initializer, sharded_parameter
+from megalite.parallel.plan import LayerPlan
+from megalite.parallel.shard import sharded_parameter, spec_of
 
 EMBEDDING_NAME = "model.embed_tokens"
+Loss = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 
 class LlamaStage(nn.Module):
-    """The layers of one stage, with Hugging Face's parameter names in their specs.
+    """The layers of one share, with Hugging Face's parameter names in their specs.
 
     Args:
         config: the model.
-        layout: process groups, sequence parallelism and recomputation; by default one process.
-        layers: which decoder layers this stage holds; by default all.
-        seed: of the initial weights, which do not depend on the layout.
-        dtype: of the parameters; by default torch's.
+        plan: process groups, sequence parallelism, number formats; by default one process. Without `init` of
+            its own the initial weights depend on `seed` and names alone, not on the layout.
+        share: which layers and ends are held; by default the whole model.
+        seed: of the initial weights.
+        recompute: what backward computes again: "none", "selective" (attention) or "full" (blocks).
+        loss: (this rank's logits [s, b, padded V/t], batch) to a sum; by default that of the next tokens.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        layout: StageLayout | None = None,
+        plan: LayerPlan | None = None,
+        share: StageShare | None = None,
         *,
-        layers: range | None = None,
         seed: int = 0,
-        dtype: torch.dtype | None = None,
+        recompute: str = "none",
+        loss: Loss | None = None,
     ) -> None:
         super().__init__()
-        self.config = config
-        self.layout = layout = layout or StageLayout()
-        context = layout.context
-        init, rotary = llama_initializer(config, seed), RotaryEmbedding(config)
-        cut: dict[str, Any] = {"group": context.tp_group, "sequence_parallel": layout.sequence_parallel}
-        sizes = (config.vocab_size, config.hidden_size)
-        self.embed_tokens, self.norm, self.lm_head = None, None, None
-        if context.is_first_stage:
-            tied = config.tie_word_embeddings
-            self.embed_tokens = VocabParallelEmbedding(
-                *sizes, **cut, name=EMBEDDING_NAME, init=init, dtype=dtype, tied=tied
-            )
-        held = range(config.num_hidden_layers) if layers is None else layers
+        plan = plan or LayerPlan()
+        plan = plan if plan.init else replace(plan, init=llama_initializer(config, seed))
+        self.config, self.recompute = config, recompute
+        self.share = share = share or StageShare.whole(config)
+        self.embed_tokens = self._embedding(plan) if share.has_embedding else None
+        rotary, attention_too = RotaryEmbedding(config), recompute == "selective"
         blocks = {
-            str(i): DecoderBlock(config, rotary, layout, name=f"model.layers.{i}", init=init, dtype=dtype)
-            for i in held
+            str(i): DecoderBlock(
+                config, rotary, plan, name=f"model.layers.{i}", recompute_attention=attention_too
+            )
+            for i in share.layers
         }
         self.layers = nn.ModuleDict(blocks)
-        if context.is_last_stage:
-            eps = config.rms_norm_eps
-            self.norm = ParallelRMSNorm(config.hidden_size, eps=eps, **cut, name="model.norm", dtype=dtype)
-            weight = self._head_weight(init, dtype)
-            self.lm_head = ColumnParallelLinear(*reversed(sizes), **cut, weight=weight)
+        self.norm: ParallelRMSNorm | None = None
+        self.lm_head: ColumnParallelLinear | None = None
+        if share.has_head:
+            self.norm, self.lm_head = self._head(plan)
+        self.loss = loss or partial(next_token_loss, vocab_size=config.vocab_size, group=plan.tp_group)
+        check_against_table(self, model_table(config))
 
-    def _head_weight(self, init: Initializer, dtype: torch.dtype | None) -> nn.Parameter:
+    def _embedding(self, plan: LayerPlan) -> VocabParallelEmbedding:
+        config = self.config
+        tied = config.tie_word_embeddings and not self.share.has_head
+        sizes = (config.vocab_size, config.hidden_size)
+        return VocabParallelEmbedding(*sizes, plan, name=EMBEDDING_NAME, tied=tied)
+
+    def _head(self, plan: LayerPlan) -> tuple[ParallelRMSNorm, ColumnParallelLinear]:
+        config = self.config
+        norm = ParallelRMSNorm(config.hidden_size, plan, eps=config.rms_norm_eps, name="model.norm")
+        weight = self._head_weight(plan)
+        return norm, ColumnParallelLinear(config.hidden_size, config.vocab_size, plan, weight=weight)
+
+    def _head_weight(self, plan: LayerPlan) -> nn.Parameter:
         """The head's table: the embedding itself, a copy of it if that is on another stage, or its own."""
-        config, group = self.config, self.layout.context.tp_group
-        shape = (config.vocab_size, config.hidden_size)
-        if not config.tie_word_embeddings:
-            return sharded_parameter(vocabulary_spec(group, "lm_head.weight", shape), init, dtype)
-        if self.embed_tokens is not None:
+        tied = self.config.tie_word_embeddings
+        if tied and self.embed_tokens is not None:
             return self.embed_tokens.weight
-        copy = vocabulary_spec(group, f"{EMBEDDING_NAME}.weight", shape, tied=True, is_owner=False)
-        return sharded_parameter(copy, init, dtype)
+        shape = (self.config.vocab_size, self.config.hidden_size)
+        name = EMBEDDING_NAME if tied else "lm_head"
+        spec = vocabulary_spec(plan.context, f"{name}.weight", shape)
+        assert plan.init is not None
+        return sharded_parameter(spec.tied_over_stages(copy=1) if tied else spec, plan.init, plan.dtype)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        document_starts: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """One micro batch through this stage.
+    def forward(self, x: torch.Tensor | None, batch: Batch) -> torch.Tensor:
+        """One micro batch through this share.
 
-        Args:
-            x: token ids [b, s] on the first stage, else the previous stage's output.
-            labels: next tokens [b, s]; the last stage needs them for the loss.
-            document_starts: [b, s], where each token's document starts; attention then stays within it.
+        x: the activations of the share before; None where the embedding is, which takes batch.input_ids.
 
-        Returns:
-            Activations [s, b, h] (or [s/t, b, h]); on the last stage the mean loss, a scalar, or without
-            labels this rank's slice of the logits [s, b, padded V/t].
+        Returns activations [s, b, h] (or [s/t, b, h]); where the head is, the loss sum, a scalar, or without
+        labels this rank's slice of the logits [s, b, padded V/t].
         """
         if self.embed_tokens is not None:
-            x = self.embed_tokens(x.T)
-        documents = None if document_starts is None else Documents(document_starts)
+            assert batch.input_ids is not None
+            x = self.embed_tokens(batch.input_ids.T)
+        assert x is not None
+        spans = AttentionSpans.of(batch)
         for block in self.layers.values():
-            if self.layout.recompute == "full" and torch.is_grad_enabled():
-                x = checkpoint(block, x, documents, use_reentrant=False)
+            # By keyword: ZeRO-3's hooks look into positional arguments for tensors to watch.
+            if self.recompute == "full" and torch.is_grad_enabled():
+                x = checkpoint(block, x, spans=spans, use_reentrant=False)
             else:
-                x = block(x, documents)
+                x = block(x, spans=spans)
         if self.lm_head is None or self.norm is None:
             return x
         logits = self.lm_head(self.norm(x))
-        if labels is None:
-            return logits
-        return vocab_parallel_cross_entropy(
-            logits, labels.T, vocab_size=self.config.vocab_size, group=self.layout.context.tp_group
-        ).mean()
+        return logits if batch.labels is None else self.loss(logits, batch)
+
+
+def check_against_table(stage: LlamaStage, table: list[TensorRow]) -> None:
+    """Raise AssertionError unless the stage holds the table's tensors of its share, cut as the rows say."""
+    share = stage.share
+    ends = {"model.embed_tokens.weight": share.has_embedding, "model.norm.weight": share.has_head}
+    ends |= {"lm_head.weight": share.has_head}
+    if stage.config.tie_word_embeddings:
+        ends["model.embed_tokens.weight"] |= share.has_head
+    expected = {
+        (row.name, row.shape, row.dim)
+        for row in table
+        if (row.layer in share.layers if row.layer is not None else ends[row.name])
+    }
+    specs = map(spec_of, stage.parameters())
+    held = {(spec.name, spec.full_shape, spec.dim) for spec in specs}
+    assert held == expected, f"not as in the model's table: {sorted(map(str, held ^ expected))[0]}"

@@ -5,44 +5,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from megalite.config.model import ModelConfig
-from megalite.model.layout import StageLayout
 from megalite.parallel.linear import Column, MergedColumnLinear, RowParallelLinear
-from megalite.parallel.shard import Initializer
+from megalite.parallel.plan import LayerPlan
 
 
 class ParallelMLP(nn.Module):
     """x -> down_proj(silu(gate_proj x) * up_proj x); twin of Hugging Face's LlamaMLP."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        layout: StageLayout,
-        *,
-        name: str,
-        init: Initializer,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self, config: ModelConfig, plan: LayerPlan, *, name: str) -> None:
         super().__init__()
-        self.gate_up = MergedColumnLinear(
-            config.hidden_size,
-            [Column("gate_proj", config.intermediate_size), Column("up_proj", config.intermediate_size)],
-            group=layout.context.tp_group,
-            sequence_parallel=layout.sequence_parallel,
-            bias=config.mlp_bias,
-            name=name,
-            init=init,
-            dtype=dtype,
-        )
-        self.down_proj = RowParallelLinear(
-            config.intermediate_size,
-            config.hidden_size,
-            group=layout.context.tp_group,
-            sequence_parallel=layout.sequence_parallel,
-            bias=config.mlp_bias,
-            name=f"{name}.down_proj",
-            init=init,
-            dtype=dtype,
-        )
+        width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        columns = [Column("gate_proj", inner), Column("up_proj", inner)]
+        self.gate_up = MergedColumnLinear(width, columns, plan, bias=bias, name=name)
+        self.down_proj = RowParallelLinear(inner, width, plan, bias=bias, name=f"{name}.down_proj")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, h] (or [s/t, b, h] under sequence parallelism), the shape kept."""

@@ -48,13 +48,15 @@ class RotaryEmbedding:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin for x [s, b, heads, D], in its dtype and on its device.
 
-        Each is [s, 1, 1, D] for positions 0 to s - 1, or [s, b, 1, D] for given positions [s, b], below s.
+        Each is [s, 1, 1, D] for positions 0 to s - 1, or [s, b, 1, D] for given positions [s, b], which are
+        below max_position_embeddings.
         """
-        key = (x.size(0), x.dtype, x.device)
+        config = self._config
+        length = x.size(0) if positions is None else max(x.size(0), config.max_position_embeddings)
+        key = (length, x.dtype, x.device)
         if key not in self._tables:
-            config = self._config
             frequencies = inverse_frequencies(x.size(-1), config.rope_theta, config.rope_scaling)
-            angles = torch.outer(torch.arange(x.size(0)).float(), frequencies).repeat(1, 2)
+            angles = torch.outer(torch.arange(length).float(), frequencies).repeat(1, 2)
             self._tables[key] = (angles.cos().to(x), angles.sin().to(x))
         if positions is None:
             cos, sin = (table.unsqueeze(1) for table in self._tables[key])

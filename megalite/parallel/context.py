@@ -1,112 +1,97 @@
 """The process groups of one rank, built once and passed on: nothing looks them up."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from megalite.parallel.topology import Coordinates, Topology
+from megalite.parallel.topology import DATA_AXES, MODEL_AXES, Topology
 
 Group = dist.ProcessGroup | None  # None is a group of one: no process group is needed for it
 
+# What is communicated over: single axes, and axes together.
+GROUPS = [
+    *(("tp",), ("kv_copy",), ("pp",)),
+    ("dp",),  # other samples: they divide the global batch
+    DATA_AXES,  # the same weights: ZeRO partitions over them, and averages gradients
+    MODEL_AXES,  # one whole model: the gradient norm spans them
+]
+
 
 @dataclass(frozen=True)
+class Ranks:
+    """The ranks along one or several axes, as one of them sees them.
+
+    Attributes:
+        axes: their names, slowest first.
+        group: the process group, None where it is of one rank and no group was made.
+        size: number of ranks.
+        rank: this one among them.
+    """
+
+    axes: tuple[str, ...]
+    group: Group = None
+    size: int = 1
+    rank: int = 0
+
+
 class ParallelContext:
     """Where this rank stands, and with whom it talks.
 
-    Attributes:
+        context["tp"].size        context["dp", "cp"].group
+
+    Without process groups it is a job of one rank.
+
+    Args:
         topology: the grid of all ranks.
         rank: this process in the world.
         device: where its tensors live.
-        tp_group: holders of the slices of the same layers.
-        dp_group: holders of the same slices, with other data.
-        pp_group: the stages of one pipeline, first to last.
-        model_parallel_group: tp x pp, one whole model.
-        tied_group: first and last stage (None on stages between, or with one stage).
-        replica_group: holders of the same KV head (None unless tp_size exceeds the KV heads).
+        groups: process groups by the axes that they run along.
+        tied_group: first and last stage of this rank's pipeline, where there are two.
     """
 
-    topology: Topology
-    rank: int = 0
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    tp_group: Group = None
-    dp_group: Group = None
-    pp_group: Group = None
-    model_parallel_group: Group = None
-    tied_group: Group = None
-    replica_group: Group = None
+    def __init__(
+        self,
+        topology: Topology | None = None,
+        rank: int = 0,
+        device: torch.device | None = None,
+        groups: dict[tuple[str, ...], Group] | None = None,
+        tied_group: Group = None,
+    ) -> None:
+        self.topology = topology or Topology(1)
+        self.rank = rank
+        self.device = device or torch.device("cpu")
+        self.tied_group = tied_group
+        self._groups = groups or {}
 
     @classmethod
-    def build(
-        cls, topology: Topology, rank: int, device: torch.device, *, kv_replicas: int = 1
-    ) -> "ParallelContext":
-        """Create every group; collective, called by all ranks in the same order.
-
-        kv_replicas: neighbouring tensor-parallel ranks that hold the same KV head.
-        """
+    def build(cls, topology: Topology, rank: int, device: torch.device) -> "ParallelContext":
+        """Create every group; collective, called by all ranks in the same order."""
+        made: dict[tuple[int, ...], Group] = {}
 
         def mine(lists: list[list[int]]) -> Group:
-            own = None
             for ranks in lists:
-                group = dist.new_group(ranks)
-                own = group if rank in ranks else own
-            return own
+                if tuple(ranks) not in made:
+                    made[tuple(ranks)] = dist.new_group(ranks)
+            return next((made[tuple(ranks)] for ranks in lists if rank in ranks), None)
 
-        return cls(
-            topology=topology,
-            rank=rank,
-            device=device,
-            tp_group=mine(topology.tp_groups()),
-            dp_group=mine(topology.dp_groups()),
-            pp_group=mine(topology.pp_groups()),
-            model_parallel_group=mine(topology.model_parallel_groups()),
-            tied_group=mine(topology.tied_groups()) if topology.pp_size > 1 else None,
-            replica_group=mine(topology.replica_groups(kv_replicas)) if kv_replicas > 1 else None,
-        )
+        groups = {axes: mine(topology.groups(*axes)) for axes in GROUPS if _is_needed(topology, axes)}
+        has_ends = topology["pp"].size > 1
+        ends = [[stages[0], stages[-1]] for stages in topology.groups("pp")] if has_ends else []
+        return cls(topology, rank, device, groups, mine(ends))
 
-    @property
-    def coordinates(self) -> Coordinates:
-        """This rank's place along each axis."""
-        return self.topology.coordinates(self.rank)
+    def __getitem__(self, axes: str | tuple[str, ...]) -> Ranks:
+        """The ranks along an axis, or along several together."""
+        names = (axes,) if isinstance(axes, str) else axes
+        members = self.topology.members(self.rank, *names)
+        return Ranks(names, self._groups.get(names), len(members), members.index(self.rank))
 
-    @property
-    def tp_size(self) -> int:
-        return self.topology.tp_size
 
-    @property
-    def pp_size(self) -> int:
-        return self.topology.pp_size
-
-    @property
-    def dp_size(self) -> int:
-        return self.topology.dp_size
-
-    @property
-    def tp_rank(self) -> int:
-        return self.coordinates.tp_rank
-
-    @property
-    def pp_rank(self) -> int:
-        return self.coordinates.pp_rank
-
-    @property
-    def dp_rank(self) -> int:
-        return self.coordinates.dp_rank
-
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pp_rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pp_rank == self.pp_size - 1
+def _is_needed(topology: Topology, axes: tuple[str, ...]) -> bool:
+    """One rank needs no group of its own, except where DeepSpeed would take None for the world."""
+    return axes in (DATA_AXES, MODEL_AXES) or any(topology[axis].size > 1 for axis in axes)
 
 
 def group_size(group: Group) -> int:
     """Members of a group; None counts as a group of one."""
     return 1 if group is None else group.size()
-
-
-def group_rank(group: Group) -> int:
-    """This process within a group; None counts as a group of one."""
-    return 0 if group is None else group.rank()

@@ -5,35 +5,41 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalite.parallel.context import Group, group_rank, group_size
+from megalite.batch import IGNORED
+from megalite.parallel.context import Group, group_size
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """loss = log(sum_v exp z_v) - z_label;  grad_z = (softmax(z) - onehot(label)) * grad_loss."""
+    """loss = log(sum_v exp z_v) - z_label;  grad_z = (softmax(z) - onehot(label)) * grad_loss.
+
+    Both are exactly 0 where the label is IGNORED.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, group: Group
     ) -> torch.Tensor:
         num_local = logits.size(-1)
-        first_id = group_rank(group) * num_local
+        first_id = (0 if group is None else group.rank()) * num_local
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
         scores[..., max(0, min(num_local, vocab_size - first_id)) :] = -torch.inf  # padding never counts
         highest = _all_reduced(scores.amax(dim=-1), dist.ReduceOp.MAX, group)
         scores -= highest.unsqueeze(-1)
         local = labels - first_id
-        elsewhere = (local < 0) | (local >= num_local)
+        elsewhere = (local < 0) | (local >= num_local) | (labels < 0)
         local = local.masked_fill(elsewhere, 0)
         target = scores.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0)
         total = scores.exp_().sum(dim=-1)
         target, total = _all_reduced(torch.stack([target, total]), dist.ReduceOp.SUM, group)
         ctx.dtype = logits.dtype
-        ctx.save_for_backward(scores.div_(total.unsqueeze(-1)), local, elsewhere)
-        return total.log() - target
+        ignored = labels == IGNORED
+        ctx.save_for_backward(scores.div_(total.unsqueeze(-1)), local, elsewhere, ignored)
+        return (total.log() - target).masked_fill_(ignored, 0)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        probabilities, local, elsewhere = ctx.saved_tensors
+        probabilities, local, elsewhere, ignored = ctx.saved_tensors
+        grad = grad.masked_fill(ignored, 0)
         grad_logits = probabilities * grad.unsqueeze(-1)
         onehot = torch.where(elsewhere, 0, -grad).unsqueeze(-1)
         grad_logits.scatter_add_(-1, local.unsqueeze(-1), onehot)
@@ -45,7 +51,8 @@ def vocab_parallel_cross_entropy(
 ) -> torch.Tensor:
     """Loss of each token [s, b], at least fp32, in nats.
 
-    logits: [s, b, padded vocabulary / t], this rank's slice. labels: [s, b], ids below vocab_size.
+    logits: [s, b, padded vocabulary / t], this rank's slice. labels: [s, b], ids below vocab_size, or
+    IGNORED (-100), where the loss and its gradient are 0.
     Columns from vocab_size on are padding and have no part in the loss.
     """
     return _VocabParallelCrossEntropy.apply(logits, labels, vocab_size, group)

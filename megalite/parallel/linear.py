@@ -15,12 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megalite.parallel.context import Group
 from megalite.parallel.mappings import (
-    copy_to_tp,
     reduce_from_tp,
     scatter_sequence,
     start_all_gather,
@@ -28,23 +26,28 @@ from megalite.parallel.mappings import (
     start_reduce_scatter,
     wait_for,
 )
+from megalite.parallel.plan import LayerPlan
+from megalite.parallel.products import MatrixProducts
 from megalite.parallel.shard import (
-    Initializer,
     constant_initializer,
-    cut_over,
-    normal_initializer,
-    replicated_over,
+    cut_spec,
+    describe_shards,
+    draw_like_linear,
     sharded_parameter,
+    spec_of,
+    whole_spec,
 )
-
-DEFAULT_INITIALIZER = normal_initializer(seed=0)
 
 
 class _ColumnLinear(torch.autograd.Function):
-    """Several column weights over one input, which enters once.
+    """Several column weights W_k over one input, which enters once.
 
-    The gathered input is not kept: backward gathers it again, while the input's gradient is computed;
-    and that gradient is reduced while the weight gradients are computed.
+        y_k  = X @ W_k.T                    X = x, or gather(x) along the sequence
+        dx   = sum over ranks of sum_k dy_k @ W_k    scattered along the sequence, if X was gathered
+        dW_k = dy_k.T @ X                   summed over the ranks that hold a copy of W_k
+
+    X is not kept where it was gathered, which would cost t times the memory of x: backward gathers it again,
+    while dx is computed; and dx is summed while the dW_k are computed.
     """
 
     @staticmethod
@@ -53,14 +56,16 @@ class _ColumnLinear(torch.autograd.Function):
         x: torch.Tensor,
         group: Group,
         sequence_parallel: bool,
-        replica_groups: Sequence[Group],
+        products: MatrixProducts,
+        copy_groups: Sequence[Group],
         *weights: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        ctx.group, ctx.sequence_parallel, ctx.replica_groups = group, sequence_parallel, replica_groups
+        ctx.group, ctx.sequence_parallel, ctx.products = group, sequence_parallel, products
+        ctx.copy_groups = copy_groups
         ctx.save_for_backward(x, *weights)
         full, work = start_all_gather(x, group) if sequence_parallel else (x, None)
         wait_for(work)
-        return tuple(F.linear(full, weight) for weight in weights)
+        return tuple(products.output(full, weight) for weight in weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -68,24 +73,31 @@ class _ColumnLinear(torch.autograd.Function):
         full, gathering = start_all_gather(x, ctx.group) if ctx.sequence_parallel else (x, None)
         grad_x, reducing = None, None
         if ctx.needs_input_grad[0]:
-            grad_full = sum((grad @ weight for grad, weight in zip(grads, weights, strict=True)), start=0)
+            parts = map(ctx.products.input_gradient, grads, weights)
+            grad_full = next(parts)
+            for part in parts:
+                grad_full += part
             leave = start_reduce_scatter if ctx.sequence_parallel else start_all_reduce
             grad_x, reducing = leave(grad_full, ctx.group)
         wait_for(gathering)
-        flat = full.flatten(0, -2)
         grad_weights = [
-            _sum_over(group, grad.flatten(0, -2).T @ flat) if needed else None
-            for grad, group, needed in zip(grads, ctx.replica_groups, ctx.needs_input_grad[4:], strict=True)
+            _sum_over(group, ctx.products.weight_gradient(grad, full)) if needed else None
+            for grad, group, needed in zip(grads, ctx.copy_groups, ctx.needs_input_grad[5:], strict=True)
         ]
         wait_for(reducing)
-        return grad_x, None, None, None, *grad_weights
+        return grad_x, None, None, None, None, *grad_weights
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """F.linear without communication, but autograd keeps the parameter and not a transposed view of it:
-    the view would hold the gathered weight in memory after ZeRO-3 has let it go."""
-    (y,) = _ColumnLinear.apply(x, None, False, (None,), weight)
-    return y
+def _column_linear(
+    x: torch.Tensor, plan: LayerPlan, weights: Sequence[nn.Parameter]
+) -> tuple[torch.Tensor, ...]:
+    copy_groups = [_copy_group(weight, plan) for weight in weights]
+    return _ColumnLinear.apply(x, plan.tp_group, plan.sequence_parallel, plan.products, copy_groups, *weights)
+
+
+def _copy_group(weight: nn.Parameter, plan: LayerPlan) -> Group:
+    """The ranks over which a cut weight's gradient is a sum, at most one axis: key/value heads' copies."""
+    return next((plan.context[axis].group for axis in spec_of(weight).summed_over), None)
 
 
 def _sum_over(group: Group, grad: torch.Tensor) -> torch.Tensor:
@@ -96,14 +108,14 @@ def _sum_over(group: Group, grad: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Column:
-    """One output of a MergedColumnLinear.
+    """One output of a MergedColumnLinear: its name, its features, and the axis that it is cut over.
 
-    replicas: neighbouring ranks that hold the same rows, and sum their gradients.
+    cut_over: "tp", or "kv" for key/value heads, which have copies where they are fewer than the ranks.
     """
 
     name: str
     out_features: int
-    replicas: int = 1
+    cut_over: str = "tp"
 
 
 class MergedColumnLinear(nn.Module):
@@ -111,125 +123,132 @@ class MergedColumnLinear(nn.Module):
 
     The input is gathered once for all of them, and its gradient reduced once. Each keeps a parameter of
     its own, because each has its own name, its own cut and its own count in the gradient norm.
+
+    name: put before the columns' names in the specs.
     """
 
     def __init__(
         self,
         in_features: int,
         columns: Sequence[Column],
+        plan: LayerPlan | None = None,
         *,
-        group: Group = None,
-        replica_group: Group = None,
-        sequence_parallel: bool = False,
         bias: bool = False,
         name: str = "",
-        init: Initializer = DEFAULT_INITIALIZER,
-        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.group = group
-        self.sequence_parallel = sequence_parallel
+        self.plan = plan = plan or LayerPlan()
         self.columns = tuple(columns)
-        self.replica_groups = tuple(replica_group if c.replicas > 1 else None for c in columns)
         for column in columns:
             full_name = f"{name}.{column.name}" if name else column.name
-            spec = cut_over(
-                group,
-                f"{full_name}.weight",
-                (column.out_features, in_features),
-                dim=0,
-                replicas=column.replicas,
+            weight, offset = _cut_parameters(
+                plan, full_name, (column.out_features, in_features), 0, column.cut_over, bias
             )
-            self.register_parameter(f"{column.name}_weight", sharded_parameter(spec, init, dtype))
-            if bias:
-                spec = cut_over(
-                    group, f"{full_name}.bias", (column.out_features,), dim=0, replicas=column.replicas
-                )
-                zeros = sharded_parameter(spec, constant_initializer(0.0), dtype)
-                self.register_parameter(f"{column.name}_bias", zeros)
-            else:
-                self.register_parameter(f"{column.name}_bias", None)
+            self.register_parameter(f"{column.name}_weight", weight)
+            self.register_parameter(f"{column.name}_bias", offset)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """[s, b, i] (or [s/t, b, i] under sequence parallelism) -> one [s, b, o/t] a column."""
+        """[s, b, i] (or [s/t, b, i] under sequence parallelism) -> [s, b, o/t] per column."""
         weights = [getattr(self, f"{column.name}_weight") for column in self.columns]
-        outputs = _ColumnLinear.apply(x, self.group, self.sequence_parallel, self.replica_groups, *weights)
         biases = [getattr(self, f"{column.name}_bias") for column in self.columns]
         return tuple(
-            y if bias is None else y + copy_to_tp(bias, group)
-            for y, bias, group in zip(outputs, biases, self.replica_groups, strict=True)
+            y if bias is None else y + self.plan.with_whole_gradient(bias)
+            for y, bias in zip(_column_linear(x, self.plan, weights), biases, strict=True)
         )
+
+    def extra_repr(self) -> str:
+        return describe_shards(self)
 
 
 class ColumnParallelLinear(nn.Module):
     """y[s, b, o/t] = x @ W_r.T + b_r, with rank r's rows of the weight; twin of torch.nn.Linear.
 
-    Under sequence parallelism x is [s/t, b, i]. weight: an existing parameter to share (a tied
-    embedding) in place of a new one.
+        dx = sum over ranks of dy_r @ W_r      dW_r = dy_r.T @ x      db_r = sum over s, b of dy_r
+
+    Under sequence parallelism x is [s/t, b, i] and gathered first; dx is scattered. weight: an existing
+    parameter to share (a tied embedding) in place of a new one.
     """
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
+        plan: LayerPlan | None = None,
         *,
-        group: Group = None,
-        sequence_parallel: bool = False,
         bias: bool = False,
         weight: nn.Parameter | None = None,
-        name: str = "linear",
-        init: Initializer = DEFAULT_INITIALIZER,
-        dtype: torch.dtype | None = None,
+        name: str = "",
     ) -> None:
         super().__init__()
-        self.group = group
-        self.sequence_parallel = sequence_parallel
+        self.plan = plan = plan or LayerPlan()
+        shape = (out_features, in_features)
         if weight is None:
-            spec = cut_over(group, f"{name}.weight", (out_features, in_features), dim=0)
-            weight = sharded_parameter(spec, init, dtype)
+            weight, self.bias = _cut_parameters(plan, name, shape, 0, "tp", bias)
+        else:
+            self.bias = None
         self.weight = weight
-        self.bias = None
-        if bias:
-            spec = cut_over(group, f"{name}.bias", (out_features,), dim=0)
-            self.bias = sharded_parameter(spec, constant_initializer(0.0), dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        (y,) = _ColumnLinear.apply(x, self.group, self.sequence_parallel, (None,), self.weight)
+        """[s, b, i] (or [s/t, b, i] under sequence parallelism) -> [s, b, o/t]."""
+        (y,) = _column_linear(x, self.plan, [self.weight])
         return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return describe_shards(self)
 
 
 class RowParallelLinear(nn.Module):
     """y[s, b, o] = sum over ranks of x_r[s, b, i/t] @ W_r.T, plus b; twin of torch.nn.Linear.
 
-    Under sequence parallelism y is [s/t, b, o]. The bias is added after the sum, once.
+        dx_r = dy @ W_r      dW_r = dy.T @ x_r      db = sum over s, b of dy
+
+    Under sequence parallelism y is [s/t, b, o], dy is gathered first, and db summed over the ranks. The bias
+    is added after the sum, once.
     """
 
     def __init__(
         self,
         in_features: int,
         out_features: int,
+        plan: LayerPlan | None = None,
         *,
-        group: Group = None,
-        sequence_parallel: bool = False,
         bias: bool = False,
-        name: str = "linear",
-        init: Initializer = DEFAULT_INITIALIZER,
-        dtype: torch.dtype | None = None,
+        name: str = "",
     ) -> None:
         super().__init__()
-        self.group = group
-        self.sequence_parallel = sequence_parallel
-        self.leave = scatter_sequence if sequence_parallel else reduce_from_tp
-        spec = cut_over(group, f"{name}.weight", (out_features, in_features), dim=1)
-        self.weight = sharded_parameter(spec, init, dtype)
+        self.plan = plan = plan or LayerPlan()
+        self.leave = scatter_sequence if plan.sequence_parallel else reduce_from_tp
+        self.weight, _ = _cut_parameters(plan, name, (out_features, in_features), 1, "tp", bias=False)
         self.bias = None
         if bias:
-            spec = replicated_over(group, f"{name}.bias", (out_features,))
-            self.bias = sharded_parameter(spec, constant_initializer(0.0), dtype)
+            spec = whole_spec(
+                plan.context, _named(name, "bias"), (out_features,), is_summed=plan.sequence_parallel
+            )
+            self.bias = sharded_parameter(spec, constant_initializer(0.0), plan.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.leave(_linear(x, self.weight), self.group)
-        if self.bias is None:
-            return y
-        # Each rank adds the bias to its own part of the sequence, so its gradient is a part of the sum.
-        return y + (copy_to_tp(self.bias, self.group) if self.sequence_parallel else self.bias)
+        """[s, b, i/t] -> [s, b, o] (or [s/t, b, o] under sequence parallelism)."""
+        # Not F.linear: autograd would keep a transposed view of the weight, which would hold the gathered
+        # weight in memory after ZeRO-3 has let it go.
+        (partial,) = _ColumnLinear.apply(x, None, False, self.plan.products, (None,), self.weight)
+        y = self.leave(partial, self.plan.tp_group)
+        return y if self.bias is None else y + self.plan.with_whole_gradient(self.bias)
+
+    def extra_repr(self) -> str:
+        return describe_shards(self)
+
+
+def _cut_parameters(
+    plan: LayerPlan, name: str, shape: tuple[int, int], dim: int, over: str, bias: bool
+) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """A weight [o, i] cut along `dim`, and if wanted the bias of its rows, which begins at zero."""
+    spec = cut_spec(plan.context, _named(name, "weight"), shape, dim, over=over)
+    weight = sharded_parameter(spec, plan.init or draw_like_linear, plan.dtype)
+    if not bias:
+        return weight, None
+    spec = cut_spec(plan.context, _named(name, "bias"), shape[:1], 0, over=over)
+    return weight, sharded_parameter(spec, constant_initializer(0.0), plan.dtype)
+
+
+def _named(layer: str, parameter: str) -> str:
+    return f"{layer}.{parameter}" if layer else parameter

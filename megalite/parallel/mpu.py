@@ -4,29 +4,30 @@ Deliberately absent: `initialize_sequence_parallel` and `get_sequence_*`. DeepSp
 presence for Ulysses, drops the model-parallel group, and gradient norm and overflow become local.
 """
 
-from megalite.parallel.context import Group, ParallelContext, group_rank, group_size
+from megalite.parallel.context import Group, ParallelContext
+from megalite.parallel.topology import DATA_AXES, MODEL_AXES
 
 
 class ModelParallelUnit:
-    """The five methods that DeepSpeed calls on an `mpu`; to it, "model parallel" is tp x pp."""
+    """The five methods that DeepSpeed calls on an `mpu`; to it, "model parallel" is pp x tp."""
 
     def __init__(self, context: ParallelContext) -> None:
-        self._context = context
+        self._data, self._model = context[DATA_AXES], context[MODEL_AXES]
 
     def get_data_parallel_group(self) -> Group:
         """Ranks that hold the same slices: ZeRO partitions over them."""
-        return self._context.dp_group
+        return self._data.group
 
     def get_data_parallel_world_size(self) -> int:
-        return group_size(self._context.dp_group)
+        return self._data.size
 
     def get_model_parallel_group(self) -> Group:
         """Ranks that together hold one model: the gradient norm spans them."""
-        return self._context.model_parallel_group
+        return self._model.group
 
     def get_model_parallel_rank(self) -> int:
         """pp_rank * tp_size + tp_rank, unique in one model."""
-        return group_rank(self._context.model_parallel_group)
+        return self._model.rank
 
     def get_model_parallel_world_size(self) -> int:
-        return group_size(self._context.model_parallel_group)
+        return self._model.size

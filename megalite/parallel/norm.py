@@ -4,36 +4,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from megalite.parallel.context import Group
-from megalite.parallel.mappings import copy_to_tp
-from megalite.parallel.shard import constant_initializer, replicated_over, sharded_parameter
+from megalite.parallel.plan import LayerPlan
+from megalite.parallel.shard import constant_initializer, describe_shards, sharded_parameter, whole_spec
 
 
 class ParallelRMSNorm(nn.Module):
-    """x * weight / sqrt(mean(x^2) + eps) over the last dimension; twin of torch.nn.RMSNorm.
+    """y = n * weight with n = x / sqrt(mean(x^2) + eps) over the last dimension; twin of torch.nn.RMSNorm.
 
-    Under sequence parallelism each rank sees its part of the sequence, so the weight's gradient is
-    summed over the group, inside autograd: ZeRO-2 and 3 reduce in gradient hooks, later is too late.
+        dweight = sum over s, b of dy * n
+
+    Under sequence parallelism each rank sees its part of s, so dweight is summed over the ranks as well.
     """
 
     def __init__(
-        self,
-        hidden_size: int,
-        *,
-        eps: float = 1e-5,
-        group: Group = None,
-        sequence_parallel: bool = False,
-        name: str = "norm",
-        dtype: torch.dtype | None = None,
+        self, hidden_size: int, plan: LayerPlan | None = None, *, eps: float = 1e-5, name: str = ""
     ) -> None:
         super().__init__()
+        self.plan = plan = plan or LayerPlan()
         self.eps = eps
-        self.group = group
-        self.sequence_parallel = sequence_parallel
-        spec = replicated_over(group, f"{name}.weight", (hidden_size,))
-        self.weight = sharded_parameter(spec, constant_initializer(1.0), dtype)
+        full_name = f"{name}.weight" if name else "weight"
+        spec = whole_spec(plan.context, full_name, (hidden_size,), is_summed=plan.sequence_parallel)
+        self.weight = sharded_parameter(spec, constant_initializer(1.0), plan.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, h] or [s/t, b, h], the shape kept."""
-        weight = copy_to_tp(self.weight, self.group) if self.sequence_parallel else self.weight
+        weight = self.plan.with_whole_gradient(self.weight)
         return F.rms_norm(x, weight.shape, weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{describe_shards(self)}; eps={self.eps}"

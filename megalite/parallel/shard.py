@@ -1,4 +1,4 @@
-"""How one parameter is cut over the tensor-parallel ranks.
+"""How one parameter lies on many ranks, and how it is born there.
 
 Each parameter carries one ShardSpec from birth. Initialisation, gradient norm, checkpoints and
 converters read it; there is no second table. ZeRO-3 erases `.shape`, so the spec holds it.
@@ -9,40 +9,58 @@ are parameters of their own. So every local tensor is one box of the full one.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from megalite.parallel.context import Group, group_rank, group_size
+from megalite.parallel.context import ParallelContext
+from megalite.parallel.topology import DATA_AXES
 
 Initializer = Callable[[str, tuple[int, ...]], torch.Tensor]  # (name, full shape) -> full tensor, fp32
 
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """What a rank holds of one parameter.
+    """What a rank holds of one parameter, or of a buffer that is state.
 
     Attributes:
         name: Hugging Face's name of the parameter, the same in every layout.
         full_shape: shape of the whole parameter, without padding.
         dim: the cut dimension, None if every rank holds all of it.
+        cut_over: axis over whose ranks the pieces lie, None if there is one piece.
         num_pieces: pieces along `dim`.
         piece: which of them this rank holds.
         padded_size: size of `dim` that is cut, padding at its end included (default: no padding).
-        is_owner: this rank's copy is the one that counts in the gradient norm and goes to checkpoints.
-        tied: shared by the first and the last stage.
+        copied_over: axes of the model over whose ranks the same piece lies; on "pp" it is a tied weight's.
+        copy: which of these copies this rank holds; the first is the owner.
+        summed_over: axes over whose ranks the gradients are parts of a sum, made whole inside autograd.
+        averaged_over: axes over whose ranks the same piece sees other data: ZeRO averages over them, and
+            partitions.
     """
 
     name: str
     full_shape: tuple[int, ...]
     dim: int | None = None
+    cut_over: str | None = None
     num_pieces: int = 1
     piece: int = 0
     padded_size: int | None = None
-    is_owner: bool = True
-    tied: bool = False
+    copied_over: tuple[str, ...] = ()
+    copy: int = 0
+    summed_over: tuple[str, ...] = ()
+    averaged_over: tuple[str, ...] = DATA_AXES
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether this copy is the one that counts in the gradient norm and goes to checkpoints."""
+        return self.copy == 0
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether another stage holds a copy that is to stay equal."""
+        return "pp" in self.copied_over
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -82,42 +100,52 @@ class ShardSpec:
         local.narrow(self.dim, 0, self.box_shape[self.dim]).copy_(part)
         return local
 
+    def tied_over_stages(self, copy: int) -> "ShardSpec":
+        """The spec of a weight that two stages hold: copy 0 on the first, which owns it, 1 on the last."""
+        return replace(self, copied_over=(*self.copied_over, "pp"), copy=copy)
+
     @property
     def _padded_size(self) -> int:
         assert self.dim is not None
         return self.padded_size or self.full_shape[self.dim]
 
 
-def cut_over(
-    group: Group,
+def cut_spec(
+    context: ParallelContext,
     name: str,
     full_shape: tuple[int, ...],
     dim: int,
     *,
-    replicas: int = 1,
+    over: str = "tp",
     padded_size: int | None = None,
-    tied: bool = False,
-    is_owner: bool = True,
 ) -> ShardSpec:
-    """Spec of a parameter that is cut along `dim` over a group.
+    """Spec of a parameter that is cut along `dim` over an axis.
 
-    replicas: neighbouring ranks that hold the same piece (KV heads when they are fewer than the ranks).
-    Raises ValueError if the pieces would not be equal.
+    over: "tp", or "kv" for key/value heads, which have copies on neighbours where they are fewer than the
+    tensor-parallel ranks. Raises ValueError if the pieces would not be equal.
     """
-    num_pieces, remainder = divmod(group_size(group), replicas)
+    ranks = context[over]
     size = padded_size or full_shape[dim]
-    if remainder or size % num_pieces:
+    if size % ranks.size:
         raise ValueError(
-            f"{name}: dimension {dim} of size {size} cannot be cut into {group_size(group)}/{replicas} equal "
-            "pieces: change tp_size"
+            f"{name}: dimension {dim} of size {size} cannot be cut into {ranks.size} equal pieces: "
+            "change tp_size"
         )
-    piece, replica = divmod(group_rank(group), replicas)
-    return ShardSpec(name, full_shape, dim, num_pieces, piece, padded_size, is_owner and replica == 0, tied)
+    spec = ShardSpec(name, full_shape, dim, over, ranks.size, ranks.rank, padded_size)
+    if over == "kv":
+        spec = replace(spec, copied_over=("kv_copy",), copy=context["kv_copy"].rank, summed_over=("kv_copy",))
+    return spec
 
 
-def replicated_over(group: Group, name: str, full_shape: tuple[int, ...]) -> ShardSpec:
-    """Spec of a parameter that every rank of a group holds whole; rank 0 owns it."""
-    return ShardSpec(name, full_shape, is_owner=group_rank(group) == 0)
+def whole_spec(
+    context: ParallelContext, name: str, full_shape: tuple[int, ...], *, is_summed: bool
+) -> ShardSpec:
+    """Spec of a parameter that every tensor-parallel rank holds whole; rank 0 owns it.
+
+    is_summed: each rank uses it on its own part of the sequence, so that gradients are parts of a sum.
+    """
+    summed_over = ("tp",) if is_summed else ()
+    return ShardSpec(name, full_shape, copied_over=("tp",), copy=context["tp"].rank, summed_over=summed_over)
 
 
 def sharded_parameter(spec: ShardSpec, init: Initializer, dtype: torch.dtype | None = None) -> nn.Parameter:
@@ -133,9 +161,25 @@ def sharded_parameter(spec: ShardSpec, init: Initializer, dtype: torch.dtype | N
     return parameter
 
 
-def spec_of(parameter: torch.Tensor) -> ShardSpec:
-    """The spec that a parameter carries from birth."""
-    return parameter.spec  # type: ignore[attr-defined]
+def spec_of(tensor: torch.Tensor) -> ShardSpec:
+    """The spec that a parameter, or a buffer that is state, carries from birth."""
+    return tensor.spec  # type: ignore[attr-defined]
+
+
+def state_buffers(module: nn.Module) -> list[torch.Tensor]:
+    """The buffers of a module that are state: those that carry a spec."""
+    return [buffer for buffer in module.buffers() if hasattr(buffer, "spec")]
+
+
+def describe_shards(module: nn.Module) -> str:
+    """A layer's own parameters for `print(model)`: full shape, and what this rank holds of it."""
+    shards = []
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            spec = spec_of(parameter)
+            here = f", {list(spec.local_shape)} here, cut over {spec.cut_over}" if spec.num_pieces > 1 else ""
+            shards.append(f"{name}={list(spec.full_shape)}{here}")
+    return "; ".join(shards)
 
 
 def normal_initializer(seed: int, std: float = 0.02) -> Initializer:
@@ -160,3 +204,13 @@ def constant_initializer(value: float) -> Initializer:
         return torch.from_numpy(np.full(full_shape, value, dtype=np.float32))
 
     return fill
+
+
+def draw_like_linear(name: str, full_shape: tuple[int, ...]) -> torch.Tensor:
+    """As torch.nn.Linear draws its weight, from torch's generator: U(-1/sqrt(i), 1/sqrt(i)), i inputs."""
+    return torch.empty(full_shape).uniform_(-1, 1) / full_shape[-1] ** 0.5
+
+
+def draw_like_embedding(name: str, full_shape: tuple[int, ...]) -> torch.Tensor:
+    """As torch.nn.Embedding draws its table, from torch's generator: N(0, 1)."""
+    return torch.empty(full_shape).normal_()

@@ -1,94 +1,112 @@
 """Which rank sits where: pure arithmetic, tested without a process.
 
-Ranks run tensor-parallel fastest, then data-parallel, then pipeline:
+The grid of all ranks is an ordered table of named axes, slowest first:
 
-    rank = (pp_rank * dp_size + dp_rank) * tp_size + tp_rank
+    rank = ((pp_rank * dp_size + dp_rank) * cp_size + cp_rank) * tp_size + tp_rank
 
-so that tensor-parallel neighbours, which talk most, share a node.
+so that tensor-parallel neighbours, which talk most, share a node. A cut is an axis within others: it divides
+the ranks of neighbouring axes into runs of neighbours. Every group, rank and size follows from the tables.
 """
 
-from dataclasses import dataclass
 from itertools import product
+from math import prod
+from typing import NamedTuple
+
+# name of the axis, slowest first -> what differs along it
+AXES = {
+    "pp": "stages of one pipeline, with other layers",
+    "dp": "other samples",
+    "cp": "other parts of the same samples",
+    "tp": "slices of the same layers",
+}
 
 
-@dataclass(frozen=True)
-class Coordinates:
-    """A rank's place along each axis."""
+class Cut(NamedTuple):
+    """An axis of runs of neighbours within others, and the axis of what is left: which run it is."""
 
-    pp_rank: int
-    dp_rank: int
-    tp_rank: int
+    within: tuple[str, ...]
+    rest: str
 
 
-@dataclass(frozen=True)
+REMAINING = "dp"  # takes what remains of the world
+
+# name of the cut -> the axes that it divides
+CUTS = {
+    "ep": Cut(("dp", "cp"), rest="edp"),  # experts: others over ep; the same, with other tokens, over edp
+    "kv_copy": Cut(("tp",), rest="kv"),  # key/value heads: the same one over kv_copy, others over kv
+}
+DATA_AXES = ("dp", "cp")  # over which the same weights see other tokens
+MODEL_AXES = ("pp", "tp")  # over which one model lies
+
+
+class Extent(NamedTuple):
+    """How an axis lies in the grid: the place of a rank on it is rank // stride % size."""
+
+    size: int
+    stride: int
+
+
 class Topology:
-    """The grid [pp_size, dp_size, tp_size] of all ranks of a job.
+    """The grid of all ranks of a job.
 
-    Raises ValueError when tp_size x pp_size does not divide world_size.
+        Topology(16, tp_size=2, pp_size=2)  # dp_size is what remains: 4
+
+    Each axis and each cut takes its size as NAME_size; 1 if it is not given. Raises ValueError where sizes do
+    not divide.
     """
 
-    world_size: int
-    tp_size: int = 1
-    pp_size: int = 1
+    def __init__(self, world_size: int, **sizes: int) -> None:
+        given = {name.removesuffix("_size"): size for name, size in sizes.items()}
+        unknown = given.keys() - (AXES.keys() - {REMAINING}) - CUTS.keys()
+        if unknown:
+            raise TypeError(f"{unknown.pop()}_size: no such axis; known are {', '.join([*AXES, *CUTS])}")
+        self.world_size = world_size
+        self._extents: dict[str, Extent] = {}
+        self._lay_axes({axis: given.get(axis, 1) for axis in AXES})
+        for name, cut in CUTS.items():
+            self._lay_cut(name, cut, given.get(name, 1))
 
-    def __post_init__(self) -> None:
-        model_ranks = self.tp_size * self.pp_size
+    def _lay_axes(self, sizes: dict[str, int]) -> None:
+        model_ranks = prod(sizes.values())
         if self.world_size % model_ranks:
+            named = " x ".join(f"{axis}_size {sizes[axis]}" for axis in reversed(AXES) if sizes[axis] > 1)
             raise ValueError(
-                f"{self.world_size} processes cannot be divided into tp_size {self.tp_size} x pp_size "
-                f"{self.pp_size} = {model_ranks}: start a multiple of {model_ranks} processes"
+                f"{self.world_size} processes cannot be divided into {named} = {model_ranks}: start a "
+                f"multiple of {model_ranks} processes"
             )
+        stride = 1
+        for axis in reversed(AXES):
+            size = self.world_size // model_ranks if axis == REMAINING else sizes[axis]
+            self._extents[axis] = Extent(size, stride)
+            stride *= size
 
-    @property
-    def dp_size(self) -> int:
-        """Data-parallel replicas: what remains of the world."""
-        return self.world_size // (self.tp_size * self.pp_size)
+    def _lay_cut(self, name: str, cut: Cut, size: int) -> None:
+        ranks, stride = prod(self[axis].size for axis in cut.within), self[cut.within[-1]].stride
+        if ranks % size:
+            raise ValueError(
+                f"{ranks} ranks of {' x '.join(cut.within)} cannot be cut into runs of {name}_size {size}: "
+                f"choose a divisor of {ranks}"
+            )
+        self._extents[name] = Extent(size, stride)
+        self._extents[cut.rest] = Extent(ranks // size, stride * size)
 
-    def rank_at(self, pp_rank: int, dp_rank: int, tp_rank: int) -> int:
-        """The rank at a place of the grid."""
-        return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank
+    def __getitem__(self, axis: str) -> Extent:
+        """Size and stride of an axis or a cut."""
+        return self._extents[axis]
 
-    def coordinates(self, rank: int) -> Coordinates:
-        """The place of a rank in the grid."""
-        outer, tp_rank = divmod(rank, self.tp_size)
-        pp_rank, dp_rank = divmod(outer, self.dp_size)
-        return Coordinates(pp_rank, dp_rank, tp_rank)
+    def place(self, rank: int, axis: str) -> int:
+        """Where a rank is along an axis."""
+        size, stride = self[axis]
+        return rank // stride % size
 
-    def tp_groups(self) -> list[list[int]]:
-        """Ranks that hold the slices of the same layers: same stage, same replica."""
-        return self._groups("pd", "t")
+    def members(self, rank: int, *axes: str) -> list[int]:
+        """The ranks that differ from `rank` along these axes alone, the first axis slowest."""
+        extents = [self[axis] for axis in axes]
+        first = rank - sum(self.place(rank, axis) * self[axis].stride for axis in axes)
+        places = product(*(range(size) for size, _ in extents))
+        return [first + sum(i * e.stride for i, e in zip(at, extents, strict=True)) for at in places]
 
-    def dp_groups(self) -> list[list[int]]:
-        """Ranks that hold the same slices and see other data: same stage, same tp_rank."""
-        return self._groups("pt", "d")
-
-    def pp_groups(self) -> list[list[int]]:
-        """Ranks that hand activations to each other: same replica, same tp_rank."""
-        return self._groups("dt", "p")
-
-    def model_parallel_groups(self) -> list[list[int]]:
-        """Ranks that together hold one whole model (tp x pp), in the order pp_rank * tp_size + tp_rank."""
-        return self._groups("d", "pt")
-
-    def tied_groups(self) -> list[list[int]]:
-        """First and last stage of each pipeline: the owners of a tied embedding."""
-        return [[ranks[0], ranks[-1]] for ranks in self.pp_groups()]
-
-    def replica_groups(self, replicas: int) -> list[list[int]]:
-        """Runs of `replicas` neighbours in each tensor-parallel group: holders of the same KV head."""
-        return [
-            ranks[i : i + replicas] for ranks in self.tp_groups() for i in range(0, self.tp_size, replicas)
-        ]
-
-    def _groups(self, fixed: str, varying: str) -> list[list[int]]:
-        sizes = {"p": self.pp_size, "d": self.dp_size, "t": self.tp_size}
-
-        def places(axes: str) -> list[dict[str, int]]:
-            return [
-                dict(zip(axes, index, strict=True)) for index in product(*(range(sizes[a]) for a in axes))
-            ]
-
-        def rank(place: dict[str, int]) -> int:
-            return self.rank_at(place["p"], place["d"], place["t"])
-
-        return [[rank(outer | inner) for inner in places(varying)] for outer in places(fixed)]
+    def groups(self, *axes: str) -> list[list[int]]:
+        """All groups along these axes, ordered by their first ranks; each rank is in one of them."""
+        firsts = dict.fromkeys(self.members(rank, *axes)[0] for rank in range(self.world_size))
+        return [self.members(first, *axes) for first in firsts]

@@ -1,16 +1,18 @@
-"""Tensors to and from the neighbouring stages of a pipeline."""
+"""Tensors to and from the other stages of a pipeline."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
-from megalite.parallel.context import Group, group_rank, group_size
+from megalite.parallel.context import Group
+from megalite.pipeline.schedule import Transfer
 
 
 @dataclass
-class Neighbours:
-    """The previous and the next stage, as this rank talks to them.
+class Peers:
+    """The other stages, as this rank talks to them.
 
     Attributes:
         group: the stages of one pipeline, first to last.
@@ -26,37 +28,31 @@ class Neighbours:
     _sending: list[tuple[dist.Work, torch.Tensor]] = field(default_factory=list, init=False)
 
     def exchange(
-        self,
-        *,
-        to_next: torch.Tensor | None = None,
-        to_previous: torch.Tensor | None = None,
-        from_previous: bool = False,
-        from_next: bool = False,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Post all as one batch, wait for what comes: (from previous, from next).
+        self, transfers: Sequence[Transfer], outgoing: Sequence[torch.Tensor | None]
+    ) -> list[torch.Tensor]:
+        """Post all transfers as one batch and wait for what comes.
 
+        outgoing: the tensor of each "send", None for each "receive". Returns the tensor of each transfer.
         What is sent must not be changed before `finish()`.
         """
-        received_previous = self._buffer() if from_previous else None
-        received_next = self._buffer() if from_next else None
-        transfers = [
-            (dist.isend, to_next, 1),
-            (dist.irecv, received_next, 1),
-            (dist.isend, to_previous, -1),
-            (dist.irecv, received_previous, -1),
-        ]
-        operations = [
-            dist.P2POp(verb, tensor, self._rank_at(step), group=self.group)
-            for verb, tensor, step in transfers
-            if tensor is not None
-        ]
-        self._start(operations)
-        return received_previous, received_next
+        tensors = [self._buffer() if tensor is None else tensor for tensor in outgoing]
+        self._start(
+            [
+                dist.P2POp(
+                    dist.isend if transfer.verb == "send" else dist.irecv,
+                    tensor,
+                    self._global_rank(transfer.peer),
+                    group=self.group,
+                )
+                for transfer, tensor in zip(transfers, tensors, strict=True)
+            ]
+        )
+        return tensors
 
     def _start(self, operations: list[dist.P2POp]) -> None:
         works = dist.batch_isend_irecv(operations)
         for operation, work in zip(operations, works, strict=False):
-            # Gloo has a work an operation; NCCL one for the whole batch, whose wait only orders streams.
+            # Gloo has a work per operation; NCCL one for the whole batch, whose wait only orders streams.
             if operation.op is dist.isend and len(works) == len(operations):
                 self._sending.append((work, operation.tensor))
             else:
@@ -72,6 +68,6 @@ class Neighbours:
     def _buffer(self) -> torch.Tensor:
         return torch.empty(self.shape, dtype=self.dtype, device=self.device)
 
-    def _rank_at(self, step: int) -> int:
-        assert self.group is not None and 0 <= group_rank(self.group) + step < group_size(self.group)
-        return dist.get_global_rank(self.group, group_rank(self.group) + step)
+    def _global_rank(self, stage: int) -> int:
+        assert self.group is not None and 0 <= stage < self.group.size()
+        return dist.get_global_rank(self.group, stage)

@@ -1,63 +1,58 @@
-"""Walks one stage through a schedule: computes, keeps what backward needs, exchanges with neighbours."""
+"""Walks one stage through a schedule: computes, keeps what backward needs, exchanges with other stages."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
-from megalite.pipeline.p2p import Neighbours
-from megalite.pipeline.schedule import Action, Backward, Exchange, Forward
+from megalite.batch import Batch
+from megalite.pipeline.p2p import Peers
+from megalite.pipeline.schedule import Action, Backward, Exchange, Forward, Transfer
 
-
-class MicroBatch(NamedTuple):
-    """What one forward takes in, each [b, s]; every stage is given the same."""
-
-    input_ids: torch.Tensor
-    labels: torch.Tensor
-    document_starts: torch.Tensor | None = None
+Key = tuple[int, int]  # (micro batch, chunk)
 
 
 class Stage(Protocol):
-    """What a runner drives: one stage's forward and backward."""
+    """What a runner drives: forward and backward of a stage's chunks."""
 
-    def forward(
-        self, x: torch.Tensor, labels: torch.Tensor | None, document_starts: torch.Tensor | None
-    ) -> torch.Tensor:
-        """The stage's output; on the last stage, which is given labels, the loss."""
+    def forward(self, x: torch.Tensor | None, batch: Batch, chunk: int) -> torch.Tensor:
+        """The chunk's output; x is what another stage sent, None where the chunk begins with token ids."""
 
-    def backward(self, output: torch.Tensor, grad: torch.Tensor | None, *, is_last: bool) -> None:
-        """Accumulate gradients; grad is None where the output is the loss."""
+    def backward(self, output: torch.Tensor, grad: torch.Tensor, chunk: int, *, is_last: bool) -> None:
+        """Accumulate gradients, given that of the output."""
 
 
 class PipelineRunner:
     """Runs the forwards and backwards of one optimizer step on one stage.
 
-    The first stage reads token ids, the last computes the loss; with one stage this is plain gradient
-    accumulation.
+    With one stage and one chunk this is plain gradient accumulation.
+
+    loss_chunk: which chunk's outputs are loss sums; None on stages without.
     """
 
-    def __init__(self, stage: Stage, neighbours: Neighbours, *, is_first: bool, is_last: bool) -> None:
+    def __init__(self, stage: Stage, peers: Peers, *, loss_chunk: int | None) -> None:
         self.stage = stage
-        self.neighbours = neighbours
-        self.is_first = is_first
-        self.is_last = is_last
+        self.peers = peers
+        self.loss_chunk = loss_chunk
 
-    def train(self, actions: Sequence[Action], micro_batches: Sequence[MicroBatch]) -> torch.Tensor | None:
+    def train(
+        self, actions: Sequence[Action], micro_batches: Sequence[Batch], loss_gradient: torch.Tensor
+    ) -> torch.Tensor | None:
         """Walk a training schedule; gradients accumulate in the stage.
 
-        Returns the mean loss over the micro batches on the last stage, else None.
+        loss_gradient: of each loss sum, a scalar. Returns the sum of the losses where they are, else None.
         """
-        return self._run(actions, micro_batches, keep=True)
+        return self._run(actions, micro_batches, loss_gradient)
 
     @torch.no_grad()
-    def evaluate(self, actions: Sequence[Action], micro_batches: Sequence[MicroBatch]) -> torch.Tensor | None:
-        """Walk a forward-only schedule; the mean loss on the last stage, else None."""
-        return self._run(actions, micro_batches, keep=False)
+    def evaluate(self, actions: Sequence[Action], micro_batches: Sequence[Batch]) -> torch.Tensor | None:
+        """Walk a forward-only schedule; the sum of the losses where they are, else None."""
+        return self._run(actions, micro_batches, None)
 
     def _run(
-        self, actions: Sequence[Action], micro_batches: Sequence[MicroBatch], *, keep: bool
+        self, actions: Sequence[Action], micro_batches: Sequence[Batch], loss_gradient: torch.Tensor | None
     ) -> torch.Tensor | None:
-        walk = _Walk(self, micro_batches, keep)
+        walk = _Walk(self, micro_batches, loss_gradient)
         steps: dict[type, Callable] = {
             Forward: walk.forward,
             Backward: walk.backward,
@@ -65,59 +60,59 @@ class PipelineRunner:
         }
         for action in actions:
             steps[type(action)](action)
-        self.neighbours.finish()
-        return torch.stack(walk.losses).mean() if self.is_last else None
+        self.peers.finish()
+        return None if self.loss_chunk is None else torch.stack(walk.losses).sum()
 
 
 class _Walk:
-    """The tensors in flight during one walk, by micro batch."""
+    """The tensors in flight during one walk, by micro batch and chunk."""
 
-    def __init__(self, runner: PipelineRunner, micro_batches: Sequence[MicroBatch], keep: bool) -> None:
+    def __init__(
+        self, runner: PipelineRunner, micro_batches: Sequence[Batch], loss_gradient: torch.Tensor | None
+    ) -> None:
         self.runner = runner
         self.micro_batches = micro_batches
-        self.keep = keep
-        self.inputs: dict[int, torch.Tensor] = {}
-        self.outputs: dict[int, torch.Tensor] = {}
-        self.grads: dict[int, torch.Tensor] = {}
+        self.loss_gradient = loss_gradient
+        self.keep = loss_gradient is not None
+        self.inputs: dict[Key, torch.Tensor] = {}
+        self.outputs: dict[Key, torch.Tensor] = {}
+        self.grads: dict[Key, torch.Tensor] = {}
         self.losses: list[torch.Tensor] = []
 
     def forward(self, action: Forward) -> None:
-        number, runner = action.micro_batch, self.runner
-        batch = self.micro_batches[number]
-        x = batch.input_ids if runner.is_first else self.inputs[number]
-        output = runner.stage.forward(x, batch.labels if runner.is_last else None, batch.document_starts)
-        self.outputs[number] = output
-        if runner.is_last:
+        key = action.micro_batch, action.chunk
+        x = self.inputs.get(key) if self.keep else self.inputs.pop(key, None)
+        output = self.runner.stage.forward(x, self.micro_batches[action.micro_batch], action.chunk)
+        gives_loss = action.chunk == self.runner.loss_chunk
+        if gives_loss:
             self.losses.append(output.detach())
-        if not self.keep:
-            self.inputs.pop(number, None)
+        if self.keep or not gives_loss:
+            self.outputs[key] = output
 
     def backward(self, action: Backward) -> None:
-        number = action.micro_batch
-        is_last = number == len(self.micro_batches) - 1  # schedules run backwards in order
-        self.runner.stage.backward(self.outputs.pop(number), self.grads.pop(number, None), is_last=is_last)
+        key = action.micro_batch, action.chunk
+        gives_loss = action.chunk == self.runner.loss_chunk
+        grad = self.loss_gradient if gives_loss else self.grads.pop(key)
+        assert grad is not None
+        self.runner.stage.backward(self.outputs.pop(key), grad, action.chunk, is_last=action.is_last)
 
     def exchange(self, action: Exchange) -> None:
-        from_previous, from_next = self.runner.neighbours.exchange(
-            to_next=self._outgoing(action.send_forward),
-            to_previous=self._input_gradient(action.send_backward),
-            from_previous=action.recv_forward is not None,
-            from_next=action.recv_backward is not None,
-        )
-        if from_previous is not None and action.recv_forward is not None:
-            self.inputs[action.recv_forward] = from_previous.requires_grad_(self.keep)
-        if from_next is not None and action.recv_backward is not None:
-            self.grads[action.recv_backward] = from_next
+        outgoing = [self._outgoing(transfer) for transfer in action.transfers]
+        tensors = self.runner.peers.exchange(action.transfers, outgoing)
+        for transfer, tensor in zip(action.transfers, tensors, strict=True):
+            key = transfer.micro_batch, transfer.chunk
+            if transfer.verb == "receive" and transfer.kind == "activation":
+                self.inputs[key] = tensor.requires_grad_(self.keep)
+            elif transfer.verb == "receive":
+                self.grads[key] = tensor
 
-    def _outgoing(self, number: int | None) -> torch.Tensor | None:
-        if number is None:
+    def _outgoing(self, transfer: Transfer) -> torch.Tensor | None:
+        key = transfer.micro_batch, transfer.chunk
+        if transfer.verb == "receive":
             return None
-        output = self.outputs[number] if self.keep else self.outputs.pop(number)
-        return output.detach().contiguous()
-
-    def _input_gradient(self, number: int | None) -> torch.Tensor | None:
-        if number is None:
-            return None
-        grad = self.inputs.pop(number).grad
+        if transfer.kind == "activation":
+            output = self.outputs[key] if self.keep else self.outputs.pop(key)
+            return output.detach().contiguous()
+        grad = self.inputs.pop(key).grad
         assert grad is not None
         return grad.contiguous()

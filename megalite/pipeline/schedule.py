@@ -8,40 +8,65 @@ arXiv 2104.04473, section 2.2) as scheduled by Megatron-LM for one-forward-one-b
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from megalite.error import UserError
 
 
 @dataclass(frozen=True)
 class Forward:
-    """Run this stage's layers on one micro batch."""
+    """Run the layers of one of this stage's chunks on one micro batch."""
 
     micro_batch: int
+    chunk: int = 0
 
 
 @dataclass(frozen=True)
 class Backward:
-    """Back-propagate one micro batch through this stage's layers."""
+    """Back-propagate one micro batch through a chunk; is_last: no backward of the step follows it here."""
 
     micro_batch: int
+    chunk: int = 0
+    is_last: bool = False
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One tensor that goes to, or comes from, another stage.
+
+    Attributes:
+        verb: "send" or "receive".
+        kind: what travels: the "activation" that a forward made, or the "gradient" that a backward made.
+        micro_batch: whose it is.
+        peer: the other stage, by its pp_rank.
+        chunk: which of this stage's chunks made it, or is to use it.
+    """
+
+    verb: Literal["send", "receive"]
+    kind: Literal["activation", "gradient"]
+    micro_batch: int
+    peer: int
+    chunk: int = 0
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One group of point-to-point operations, posted together and waited for together.
+    """Transfers that are posted together, and waited for together.
 
-    Each field is the number of the micro batch that travels, or None. `send_forward` and `recv_backward`
-    talk to the next stage, `recv_forward` and `send_backward` to the previous one. Every exchange of the
-    schedules below talks to one neighbour only, and that neighbour's list holds the mirrored exchange at the
-    matching place: they meet as NCCL asks, one group against one group, and nothing needs to be buffered.
+    Every exchange of the schedules below talks to one neighbour only, and that neighbour's list holds the
+    mirrored exchange at the matching place: they meet as NCCL asks, one group against one group, and nothing
+    needs to be buffered.
     """
 
-    send_forward: int | None = None
-    recv_forward: int | None = None
-    send_backward: int | None = None
-    recv_backward: int | None = None
+    transfers: tuple[Transfer, ...]
 
 
 Action = Forward | Backward | Exchange
+
+
+class ScheduleError(UserError):
+    """A schedule that does not exist, or of nothing."""
 
 
 def all_forward_all_backward(stage: int, num_stages: int, num_micro_batches: int) -> list[Action]:
@@ -51,7 +76,7 @@ def all_forward_all_backward(stage: int, num_stages: int, num_micro_batches: int
         actions += _exchange(stage, num_stages, recv_backward=micro_batch)
         actions.append(Backward(micro_batch))
         actions += _exchange(stage, num_stages, send_backward=micro_batch)
-    return actions
+    return with_last_backward(actions)
 
 
 def one_forward_one_backward(stage: int, num_stages: int, num_micro_batches: int) -> list[Action]:
@@ -77,7 +102,7 @@ def one_forward_one_backward(stage: int, num_stages: int, num_micro_batches: int
         actions += _exchange(stage, num_stages, recv_backward=backward)
         actions.append(Backward(backward))
         actions += _exchange(stage, num_stages, send_backward=backward)
-    return actions
+    return with_last_backward(actions)
 
 
 def forward_only(stage: int, num_stages: int, num_micro_batches: int) -> list[Action]:
@@ -101,10 +126,19 @@ def build_schedule(name: str, stage: int, num_stages: int, num_micro_batches: in
     """The training actions of one stage, by the name of the schedule: "1f1b" or "afab"."""
     if name not in SCHEDULES:
         known = ", ".join(sorted(SCHEDULES))
-        raise ValueError(f"pipeline_schedule {name!r} is unknown: choose one of {known}")
+        raise ScheduleError(f"pipeline_schedule {name!r} is unknown: choose one of {known}")
     if num_micro_batches < 1:
-        raise ValueError(f"a step of {num_micro_batches} micro batches trains nothing: give at least 1")
+        raise ScheduleError(f"a step of {num_micro_batches} micro batches trains nothing: give at least 1")
     return SCHEDULES[name](stage, num_stages, num_micro_batches)
+
+
+def with_last_backward(actions: list[Action]) -> list[Action]:
+    """The actions with the last backward marked: after it gradients are to be whole."""
+    last = max((i for i, action in enumerate(actions) if isinstance(action, Backward)), default=None)
+    return [
+        replace(action, is_last=i == last) if isinstance(action, Backward) else action
+        for i, action in enumerate(actions)
+    ]
 
 
 def _exchange(
@@ -115,17 +149,36 @@ def _exchange(
     send_backward: int | None = None,
     recv_backward: int | None = None,
 ) -> list[Exchange]:
-    """The exchange without operations towards a neighbour that does not exist; nothing if none remain."""
-    if stage == 0:
-        recv_forward = send_backward = None
-    if stage == num_stages - 1:
-        send_forward = recv_backward = None
-    exchange = Exchange(send_forward, recv_forward, send_backward, recv_backward)
-    return [] if exchange == Exchange() else [exchange]
+    """The exchange of these micro batches with the stages beside; nothing with one that does not exist.
+
+    `send_forward` and `recv_backward` talk to the next stage, `recv_forward` and `send_backward` to the
+    previous one.
+    """
+    following, previous = stage + 1, stage - 1
+    transfers = tuple(
+        Transfer(verb, kind, micro_batch, peer)
+        for verb, kind, micro_batch, peer in _rows(
+            ("send", "activation", send_forward, following),
+            ("receive", "gradient", recv_backward, following),
+            ("send", "gradient", send_backward, previous),
+            ("receive", "activation", recv_forward, previous),
+        )
+        if micro_batch is not None and 0 <= peer < num_stages
+    )
+    return [Exchange(transfers)] if transfers else []
+
+
+_Row = tuple[Literal["send", "receive"], Literal["activation", "gradient"], int | None, int]
+
+
+def _rows(*rows: _Row) -> tuple[_Row, ...]:
+    return rows
 
 
 def _check(stage: int, num_stages: int, num_micro_batches: int) -> None:
     if not 0 <= stage < num_stages:
-        raise ValueError(f"stage {stage} does not exist in a pipeline of {num_stages}: stages count from 0")
+        raise ScheduleError(
+            f"stage {stage} does not exist in a pipeline of {num_stages}: stages count from 0"
+        )
     if num_micro_batches < 0:
-        raise ValueError(f"the number of micro batches is {num_micro_batches}: it cannot be negative")
+        raise ScheduleError(f"the number of micro batches is {num_micro_batches}: it cannot be negative")

@@ -1,8 +1,9 @@
 """When each stage of a pipeline computes, and how long it waits (pure arithmetic)."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
-from megalite.pipeline.schedule import Action, Backward, Exchange, Forward, build_schedule
+from megalite.pipeline.schedule import Action, Backward, Exchange, Forward, Transfer, build_schedule
 
 FORWARD_SECONDS = 1.0
 BACKWARD_SECONDS = 2.0  # two matrix products, for the gradients of input and weight, where forward has one
@@ -33,8 +34,8 @@ def timeline(schedule_name: str, num_stages: int, num_micro_batches: int) -> lis
             return False
         action = schedules[stage][position[stage]]
         if isinstance(action, Exchange):
-            neighbour = stage + 1 if _talks_to_next(action) else stage - 1
-            if not _meets(action, schedules[neighbour][position[neighbour] :]):
+            neighbour = action.transfers[0].peer
+            if not _meets(action, stage, schedules[neighbour][position[neighbour] :]):
                 return False
             clock[stage] = clock[neighbour] = max(clock[stage], clock[neighbour])
             position[neighbour] += 1
@@ -57,19 +58,17 @@ def bubble_fraction(intervals: list[Interval]) -> float:
     return 1 - busy / (num_stages * max(interval.end for interval in intervals))
 
 
-def _talks_to_next(exchange: Exchange) -> bool:
-    return exchange.send_forward is not None or exchange.recv_backward is not None
+def _meets(exchange: Exchange, stage: int, actions_of_neighbour: list[Action]) -> bool:
+    """Whether the neighbour's next action is this stage's exchange seen from the other side."""
+    match actions_of_neighbour:
+        case [Exchange(transfers), *_]:
+            return set(transfers) == {mirrored(transfer, stage) for transfer in exchange.transfers}
+    return False
 
 
-def _meets(exchange: Exchange, actions_of_neighbour: list[Action]) -> bool:
-    """Whether the neighbour's next action is this exchange seen from the other side."""
-    mirrored = Exchange(
-        send_forward=exchange.recv_forward,
-        recv_forward=exchange.send_forward,
-        send_backward=exchange.recv_backward,
-        recv_backward=exchange.send_backward,
-    )
-    return actions_of_neighbour[:1] == [mirrored]
+def mirrored(transfer: Transfer, stage: int) -> Transfer:
+    """A stage's transfer as its peer sees it."""
+    return replace(transfer, verb="receive" if transfer.verb == "send" else "send", peer=stage)
 
 
 def _interval(action: Forward | Backward, start: float, stage: int) -> Interval:

@@ -1,5 +1,6 @@
 """A tokenizer from wherever it lies: a folder, a file, a Hub name, or built in."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -34,8 +35,20 @@ def load_tokenizer(path: str | Path, eos_token: str | None = None) -> Tokenizer:
     if file.suffix == ".model":
         from megalite.tokenizer.spm import SentencePieceTokenizer  # sentencepiece only where it is needed
 
-        return SentencePieceTokenizer(file, eos_token)
+        return SentencePieceTokenizer(file.read_bytes(), str(file), eos_token)
     return _load_hugging_face(file, eos_token)
+
+
+@dataclass(frozen=True)
+class TokenizerPlace:
+    """Where a tokenizer is found: small enough to be sent to each worker, which loads it."""
+
+    path: str
+    eos_token: str | None = None
+
+    def load(self) -> Tokenizer:
+        """Load it. Raises as `load_tokenizer`."""
+        return load_tokenizer(self.path, self.eos_token)
 
 
 def build_byte_tokenizer() -> Tokenizer:

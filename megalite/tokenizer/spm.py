@@ -3,7 +3,6 @@
 import importlib
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import sentencepiece
@@ -25,17 +24,17 @@ _PROBES = (
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A .model file; the end of text is the model's eos piece unless `eos_token` names another."""
+    """The content of a .model file; the end of text is its eos piece unless `eos_token` names another."""
 
-    def __init__(self, file: Path, eos_token: str | None = None) -> None:
+    def __init__(self, model: bytes, name: str, eos_token: str | None = None) -> None:
         self._processor = sentencepiece.SentencePieceProcessor()
         try:
-            self._processor.LoadFromFile(str(file))
+            self._processor.LoadFromSerializedProto(model)
         except (OSError, RuntimeError) as error:
-            raise TokenizerError(f"{file}: not a SentencePiece model") from error
+            raise TokenizerError(f"{name}: not a SentencePiece model: name another file") from error
         if eos_token is None and self._processor.eos_id() >= 0:
             eos_token = self._processor.IdToPiece(self._processor.eos_id())
-        super().__init__(str(file), eos_token)
+        super().__init__(name, eos_token)
 
     @property
     def vocab_size(self) -> int:
@@ -78,21 +77,21 @@ class SentencePieceTokenizer(Tokenizer):
         return backend
 
 
-def convert_unigram(file: Path) -> Tokenizer:
+def convert_unigram(content: bytes, name: str) -> Tokenizer:
     """A unigram .model as a tokenizer.json, which may cut one text in a hundred in another, equally good way.
 
     Both add scores of pieces, in another precision: among equal sums they may choose differently. So such a
     tokenizer is used in this form only. Raises TokenizerError for another kind, or one that changes text.
     """
-    model = _read_model(SentencePieceTokenizer(file)._content())
+    model = _read_model(content)
     if model.trainer_spec.model_type != model.trainer_spec.UNIGRAM or _changes_text(model):
         reason = "only unigram models that keep text as it is can be converted"
-        raise TokenizerError(f"{file}: {reason}: use the .model file itself")
+        raise TokenizerError(f"{name}: {reason}: use the .model file itself")
     scores = [(piece.piece, piece.score) for piece in model.pieces]
     fallback, unknown = model.trainer_spec.byte_fallback, model.trainer_spec.unk_id
     backend = _dress(Backend(models.Unigram(scores, unk_id=unknown, byte_fallback=fallback)), model)
     names = {"bos_token": model.trainer_spec.bos_piece, "unk_token": model.trainer_spec.unk_piece}
-    return HuggingFaceTokenizer(backend, str(file), model.trainer_spec.eos_piece, names)
+    return HuggingFaceTokenizer(backend, name, model.trainer_spec.eos_piece, names)
 
 
 def _read_model(content: bytes) -> Any:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from megalite.files import write_text
 from megalite.tokenizer.error import TokenizerError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -87,10 +87,9 @@ class Tokenizer(ABC):
             config["eos_token"] = self.eos_token
         backend = self.to_backend()
         Path(folder).mkdir(parents=True, exist_ok=True)
-        _write_text(Path(folder, "tokenizer.json"), backend.to_str(pretty=True))
-        _write_text(
-            Path(folder, "tokenizer_config.json"), json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        )
+        write_text(Path(folder, "tokenizer.json"), backend.to_str(pretty=True))
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        write_text(Path(folder, "tokenizer_config.json"), text)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -129,13 +128,3 @@ class HuggingFaceTokenizer(Tokenizer):
     def special_tokens(self) -> dict[str, Any]:
         names = ("bos_token", "pad_token", "unk_token", "chat_template")
         return {name: self._config[name] for name in names if self._config.get(name) is not None}
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Complete or absent: written aside, synced, renamed."""
-    aside = path.with_name(f".{path.name}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)

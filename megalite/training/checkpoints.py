@@ -1,4 +1,4 @@
-"""A run's checkpoints: what of a replica is state, and when it is read."""
+"""A run's checkpoints: what of a stage is state, and when it is read."""
 
 import importlib.metadata
 import json
@@ -17,15 +17,17 @@ from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.load import dump_run
 from megalite.config.run import RunConfig
 from megalite.data.fingerprint import check_same_data
-from megalite.parallel.shard import ShardSpec, spec_of
+from megalite.parallel.context import ParallelContext
+from megalite.parallel.shard import ShardSpec, spec_of, state_buffers
 from megalite.training.engine import StageEngine
-from megalite.training.zero import ADAM_MOMENTS, adam_state, is_stage3, master_slices
+from megalite.training.world import gather
+from megalite.training.zero import MasterSlice, inner_optimizer, local_weight, master_slices
 
 PACKAGES = ("megalite", "torch", "deepspeed", "numpy")
 
 
 class Checkpoints:
-    """Saves and restores a replica under RUN_DIR/checkpoints; collective on all ranks.
+    """Saves and restores a stage under RUN_DIR/checkpoints; collective on all ranks.
 
     data: what the run reads, from `describe_data`; a checkpoint that was trained on other data is refused.
     """
@@ -98,41 +100,42 @@ class Checkpoints:
         )
 
 
-def gather(value: Any) -> list[Any]:
-    """Every rank's object, in rank order."""
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
 def live_pieces(engine: StageEngine) -> Iterator[Piece]:
-    """Views of all state on this rank: fp32 masters and both moments, and the weights made from them.
+    """Views of all state on this rank: fp32 masters with the optimizer's state, weights, and buffers.
 
-    Owned, and so saved, is what no other rank saves; padding is left out. The stage's own weights are
-    there to be filled, not saved: they are the masters, rounded.
+    Owned, and so saved, is what no other rank saves; padding is left out. The weights that forward uses are
+    saved where they are not trained; else they are the masters, rounded, and there to be filled only.
     """
-    context, optimizer = engine.context, engine.optimizer
-    parameters = list(engine.module.parameters())
-    everyone_has_it = engine.config.zero_stage == 0
-    for part in master_slices(optimizer, parameters, context.dp_rank):
+    optimizer, stage, context = engine.optimizer, engine.config.zero_stage, engine.context
+    for part, state in _masters(engine):
         spec = spec_of(part.parameter)
-        owned = spec.is_owner and not (everyone_has_it and context.dp_rank)
-        state = adam_state(optimizer, part.flat)
+        owned = spec.is_owner and (stage > 0 or is_first(spec, context))
         yield _piece(spec, "weight", part.start, part.view(part.flat), owned)
-        for moment in ADAM_MOMENTS:
-            yield _piece(spec, moment, part.start, part.view(state[moment]), owned)
-    for parameter in parameters:
-        start, weight = _own_weights(parameter, is_stage3(optimizer), context.dp_rank)
-        yield _piece(spec_of(parameter), "weight", start, weight, owned=False)
+        for kind in engine.recipe.kinds:
+            yield _piece(spec, kind, part.start, part.view(state[kind]), owned)
+    for parameter in engine.module.parameters():
+        spec = spec_of(parameter)
+        start, weight = local_weight(optimizer, parameter, context[spec.averaged_over].rank)
+        frozen = not parameter.requires_grad
+        owned = frozen and spec.is_owner and (stage == 3 or is_first(spec, context))
+        yield _piece(spec, "weight", start, weight, owned)
+    for buffer in state_buffers(engine.module):
+        spec = spec_of(buffer)
+        yield _piece(spec, "buffer", 0, buffer.view(-1), spec.is_owner and is_first(spec, context))
 
 
-def _own_weights(parameter: Any, partitioned: bool, dp_rank: int) -> tuple[int, torch.Tensor]:
-    """The stage's weights on this rank, flat, and where they begin in the rank's parameter."""
-    if not partitioned:
-        return 0, parameter.detach().view(-1)
-    start = dp_rank * parameter.ds_tensor.ds_numel
-    kept = max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start))
-    return start, parameter.ds_tensor.detach().view(-1)[:kept]
+def is_first(spec: ShardSpec, context: ParallelContext) -> bool:
+    """Whether this rank is the first of those that hold the same of a tensor and see other data."""
+    return context[spec.averaged_over].rank == 0
+
+
+def _masters(engine: StageEngine) -> Iterator[tuple[MasterSlice, dict[str, torch.Tensor]]]:
+    """This rank's masters, each with the optimizer's state of the tensor that it lies in."""
+    inner = inner_optimizer(engine.optimizer)
+    for parameter in engine.module.parameters():
+        data_rank = engine.context[spec_of(parameter).averaged_over].rank
+        for part in master_slices(engine.optimizer, [parameter], data_rank):
+            yield part, engine.recipe.state_of(inner, part.flat)
 
 
 def _piece(spec: ShardSpec, kind: str, start: int, tensor: torch.Tensor, owned: bool) -> Piece:
@@ -151,14 +154,13 @@ def _piece(spec: ShardSpec, kind: str, start: int, tensor: torch.Tensor, owned: 
 
 
 def _optimizer_steps(engine: StageEngine) -> int:
-    """Steps that Adam has taken; its bias correction needs them."""
-    slices = master_slices(engine.optimizer, engine.module.parameters(), engine.context.dp_rank)
-    return max((int(adam_state(engine.optimizer, part.flat)["step"]) for part in slices), default=0)
+    """Steps that the optimizer has taken; its bias correction needs them."""
+    return max((engine.recipe.steps_of(state) for _, state in _masters(engine)), default=0)
 
 
 def _set_optimizer_steps(engine: StageEngine, steps: int) -> None:
-    for part in master_slices(engine.optimizer, engine.module.parameters(), engine.context.dp_rank):
-        adam_state(engine.optimizer, part.flat)["step"].fill_(steps)
+    for _, state in _masters(engine):
+        engine.recipe.set_steps(state, steps)
 
 
 def _version(package: str) -> str:

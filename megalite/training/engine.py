@@ -7,7 +7,7 @@ ZeRO-3, if a few of the engine's habits are minded; each is explained where it i
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import deepspeed
@@ -16,15 +16,23 @@ import torch.distributed as dist
 from deepspeed.runtime.zero import partitioned_param_coordinator
 from torch import nn
 
+from megalite.batch import Batch
 from megalite.config.deepspeed import DeepSpeedConfig
-from megalite.config.run import OptimizerConfig
+from megalite.error import UserError
+from megalite.optimizer.recipe import Recipe, set_learning_rate
 from megalite.parallel.context import Group, ParallelContext, group_size
 from megalite.parallel.mpu import ModelParallelUnit
 from megalite.parallel.shard import spec_of
-from megalite.training.zero import is_stage3, reduced_gradients
+from megalite.parallel.topology import DATA_AXES, MODEL_AXES
+from megalite.training.zero import clear_gradients, is_stage3, reduced_gradients
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NEVER_RELEASED = int(1e15)  # elements: a reuse distance that no model reaches
+TESTED_VERSION = (0, 19, 8)  # its inside is patched here and read in zero.py: others of 0.19 may follow
+
+
+class EngineError(UserError):
+    """DeepSpeed cannot do what the run asks for."""
 
 
 def initialize_communication() -> None:
@@ -32,68 +40,98 @@ def initialize_communication() -> None:
 
     DeepSpeed would compile that operator for a minute at first use, and wait for ever where an
     interrupted compile has left its lock. Training needs none of it.
+
+    Raises EngineError for a version of DeepSpeed that was not tested.
     """
+    check_version(deepspeed.__version__)
     deepspeed.utils.logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names that DeepSpeed uses
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
 
 
+def check_version(version: str) -> None:
+    """Raise EngineError for a DeepSpeed whose inside has not been read: it may be silently wrong."""
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+    if not TESTED_VERSION <= numbers < (*TESTED_VERSION[:1], TESTED_VERSION[1] + 1):
+        tested = ".".join(map(str, TESTED_VERSION))
+        raise EngineError(
+            f"DeepSpeed {version} is installed and megalite was tested with {tested}: "
+            f"pip install 'deepspeed~={tested}'"
+        )
+
+
+class StageChunks(nn.ModuleList):
+    """The chunks of the model that one rank holds, as one module: one engine, one step, one norm."""
+
+    def forward(self, x: torch.Tensor | None, *, batch: Batch, chunk: int) -> torch.Tensor:
+        """One micro batch through one chunk."""
+        return self[chunk](x, batch=batch)
+
+
 class StageEngine:
     """Forward, backward and optimizer step of one stage, for ZeRO 0, 1, 2 and 3.
 
     Args:
-        build_module: makes the stage; under ZeRO-3 each layer is partitioned as it is made.
-        optimizer: AdamW's numbers; the learning rate comes with each step.
+        build_chunks: makes the stage's chunks; under ZeRO-3 each layer is partitioned as it is made.
+        recipe: the optimizer; the learning rate comes with each step.
         config: the DeepSpeed configuration.
         context: process groups.
         num_micro_batches: in one optimizer step.
-        parameter_gathering: under ZeRO-3, gather a stage's parameters once a "step" or once a
+        parameter_gathering: under ZeRO-3, gather a stage's parameters once per "step", or once per
             "micro_batch" and direction.
     """
 
     def __init__(
         self,
-        build_module: Callable[[], nn.Module],
-        optimizer: OptimizerConfig,
+        build_chunks: Callable[[], Sequence[nn.Module]],
+        recipe: Recipe,
         config: DeepSpeedConfig,
         context: ParallelContext,
         *,
         num_micro_batches: int,
         parameter_gathering: str = "step",
     ) -> None:
-        self.config = config
-        self.context = context
+        self.config, self.context, self.recipe = config, context, recipe
         self.dtype = TORCH_DTYPES[config.precision]
         settings = deepspeed_settings(config, num_micro_batches, parameter_gathering)
         mpu = ModelParallelUnit(context)
         with deepspeed.zero.Init(
             enabled=config.zero_stage == 3,
-            data_parallel_group=context.dp_group,  # its default, the world, would mix stages
+            data_parallel_group=context[DATA_AXES].group,  # its default, the world, would mix stages
             config_dict_or_path=settings,
             mpu=mpu,
             # No dtype: on a CPU, which has no fp16, Init takes any dtype given for bf16.
             mem_efficient_linear=False,  # our layers keep no transposed views: see parallel/linear.py
         ):
-            module = build_module()
+            module = StageChunks(build_chunks())
+        state = {name: b for name, b in module.named_buffers() if hasattr(b, "spec")}
+        groups = recipe.groups(list(module.parameters()))
+        _require_equal_groups(len(groups), context)
         self.engine, *_ = deepspeed.initialize(
             model=module.to(context.device) if config.zero_stage < 3 else module,
-            optimizer=build_optimizer(module, optimizer),
+            optimizer=recipe.build(groups),
             config=settings,
             mpu=mpu,
             dist_init_required=False,
         )
+        _restore_buffers(self.engine.module, state, context.device)
         self.optimizer = self.engine.optimizer
-        self._backwards_to_come: dict[nn.Module, int] = {}
+        self._backwards_to_come: dict[int, dict[nn.Module, int]] = {}
         self.gathers_once = config.zero_stage == 3 and parameter_gathering == "step"
-        self.tied = [p for p in module.parameters() if spec_of(p).tied and context.pp_size > 1]
+        self.tied = [p for p in module.parameters() if spec_of(p).is_tied and p.requires_grad]
         if config.zero_stage == 3:
             self._own_the_trace()
 
     @property
-    def module(self) -> nn.Module:
-        """The stage."""
+    def module(self) -> StageChunks:
+        """The chunks of the stage."""
         return self.engine.module
+
+    @property
+    def loss_scale(self) -> float:
+        """fp16's loss scale, which DeepSpeed multiplies in at every backward; 1 elsewhere."""
+        return self.optimizer.loss_scale if self.config.precision == "fp16" else 1.0
 
     def _own_the_trace(self) -> None:
         """Make the optimizer step, not the forward, the unit of ZeRO-3's trace of parameter uses.
@@ -106,11 +144,17 @@ class StageEngine:
         # The trace's check that all ranks agree speaks to the whole world in the middle of a forward,
         # while later stages still wait for their input: ask only the ranks that share the partitions.
         partitioned_param_coordinator.assert_ints_same_as_other_ranks = _agreement_check(
-            self.context.dp_group
+            self.context[DATA_AXES].group
         )
 
-    def begin(self) -> None:
-        """Call before each optimizer step, and before each forward-only pass."""
+    def begin_step(self) -> None:
+        """Call before each optimizer step."""
+        self.begin_pass()
+        if is_stage3(self.optimizer):
+            clear_gradients(self.optimizer)
+
+    def begin_pass(self) -> None:
+        """Call before each forward-only pass."""
         if is_stage3(self.optimizer):
             self.optimizer.parameter_offload.get_param_coordinator().reset_step()
 
@@ -118,27 +162,22 @@ class StageEngine:
         """Training (True) or evaluation mode of the stage."""
         self.module.train(mode)
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        labels: torch.Tensor | None,
-        document_starts: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The stage's output; on the last stage the loss."""
-        output = self.engine(x, labels, document_starts)
-        if is_stage3(self.optimizer) and torch.is_grad_enabled() and not self._backwards_to_come:
-            self._backwards_to_come = {
+    def forward(self, x: torch.Tensor | None, batch: Batch, chunk: int) -> torch.Tensor:
+        """A chunk's output; that of the head is the loss sum."""
+        # By keyword: ZeRO-3's hooks look into positional arguments for tensors to watch.
+        output = self.engine(x, batch=batch, chunk=chunk)
+        if is_stage3(self.optimizer) and torch.is_grad_enabled() and chunk not in self._backwards_to_come:
+            self._backwards_to_come[chunk] = {
                 module: module.ds_grads_remaining  # type: ignore[misc]
-                for module in self.module.modules()
+                for module in (self.module, *self.module[chunk].modules())
                 if hasattr(module, "ds_grads_remaining")
             }
         return output
 
-    def backward(self, output: torch.Tensor, grad: torch.Tensor | None, *, is_last: bool) -> None:
-        """Back-propagate one micro batch.
+    def backward(self, output: torch.Tensor, grad: torch.Tensor, chunk: int, *, is_last: bool) -> None:
+        """Back-propagate one micro batch through a chunk.
 
-        grad: the gradient of the output, None on the last stage, whose output is the loss. is_last: this
-        is the last micro batch of the step, after which gradients are to be whole.
+        grad: the gradient of the output. is_last: no backward of the step follows, gradients are to be whole.
         """
         self.engine.set_gradient_accumulation_boundary(is_last)
         if hasattr(self.optimizer, "clear_backward_seen_flag"):
@@ -146,15 +185,12 @@ class StageEngine:
             # one's gradients overwrite the first one's.
             self.optimizer.clear_backward_seen_flag()
         if is_stage3(self.optimizer):
-            self._prepare_release(is_last)
-        if grad is None:
-            self.engine.backward(output)  # divides by the number of micro batches: here, and only here
-            return
-        # The gradient of this product's sum is exactly `grad`. `output.backward(grad)` would be divided
-        # again at each stage, and is refused at ZeRO-0.
-        self.engine.backward((output * grad).sum() / self._loss_scale(), scale_wrt_gas=False)
+            self._prepare_release(chunk, is_last)
+        # The gradient of this product's sum is exactly `grad`. `output.backward(grad)` would be divided by
+        # the number of micro batches, and is refused at ZeRO-0.
+        self.engine.backward((output * grad).sum() / self.loss_scale, scale_wrt_gas=False)
 
-    def _prepare_release(self, is_last: bool) -> None:
+    def _prepare_release(self, chunk: int, is_last: bool) -> None:
         """Let each module release its parameters in this backward, or keep them for the next.
 
         A module counts down the backwards that its last forward asked for, and releases at zero; where
@@ -162,9 +198,9 @@ class StageEngine:
         the end of the backward, then leave at once. So the count is set again before each.
 
         Modules whose input needs no gradient, the embedding, never count. DeepSpeed lets go of them after
-        each backward; gathering once a step, they are to stay until the last.
+        each backward; gathering once per step, they are to stay until the last.
         """
-        for module, count in self._backwards_to_come.items():
+        for module, count in self._backwards_to_come[chunk].items():
             module.ds_grads_remaining = count  # type: ignore[assignment]
         offload = self.optimizer.parameter_offload
         if self.gathers_once:
@@ -173,14 +209,9 @@ class StageEngine:
                 coordinator.release_backward_leftovers if is_last else _release_nothing
             )
 
-    def _loss_scale(self) -> float:
-        """fp16's loss scale, which DeepSpeed multiplies in at every stage and the last one alone needs."""
-        return self.optimizer.loss_scale if self.config.precision == "fp16" else 1.0
-
     def step(self, learning_rate: float) -> float:
         """Take the optimizer step; returns the global gradient norm before clipping."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self.optimizer.param_groups, learning_rate)
         self._sum_tied_gradients()
         norm = self._gradient_norm() if self.config.zero_stage == 0 else None
         self.engine.set_gradient_accumulation_boundary(True)
@@ -194,14 +225,14 @@ class StageEngine:
                 dist.all_reduce(gradient, group=self.context.tied_group)
 
     def _gradient_norm(self) -> torch.Tensor:
-        """Norm over tp x pp of all gradients, each counted once. At ZeRO-0 DeepSpeed keeps it to itself."""
+        """Norm over one model of all gradients, each counted once. At ZeRO-0 DeepSpeed keeps it to itself."""
         total = torch.zeros((), dtype=torch.float32, device=self.context.device)
         for parameter in self.module.parameters():
-            if spec_of(parameter).is_owner:
-                assert parameter.grad is not None
+            if spec_of(parameter).is_owner and parameter.grad is not None:
                 total += parameter.grad.float().square().sum()
-        if group_size(self.context.model_parallel_group) > 1:
-            dist.all_reduce(total, group=self.context.model_parallel_group)
+        model = self.context[MODEL_AXES]
+        if model.size > 1:
+            dist.all_reduce(total, group=model.group)
         return total.sqrt()
 
 
@@ -215,7 +246,7 @@ def deepspeed_settings(
         once = parameter_gathering == "step"
         zero["stage3_max_reuse_distance"] = NEVER_RELEASED if once else 0
         zero["stage3_max_live_parameters"] = NEVER_RELEASED if once else 0
-        # Sub-groups are groups to the gradient norm: every stage must have as many. See parameter_groups.
+        # Sub-groups are groups to the gradient norm: every stage must have as many. See optimizer/recipe.py.
         zero["sub_group_size"] = NEVER_RELEASED
     return config.raw | {
         "zero_optimization": zero,
@@ -224,36 +255,26 @@ def deepspeed_settings(
     }
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov 2017, arXiv 1711.05101) with weight decay on matrices alone."""
-    decays = [config.weight_decay, config.weight_decay, 0.0]
-    return torch.optim.AdamW(
-        [
-            {"params": parameters, "weight_decay": decay}
-            for parameters, decay in zip(parameter_groups(module), decays, strict=True)
-        ],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-        fused=True,  # one pass over memory, and none of it taken for intermediate results
-    )
+def _require_equal_groups(num_groups: int, context: ParallelContext) -> None:
+    """Raise EngineError on every rank unless all stages train as many groups of parameters."""
+    model = context[MODEL_AXES]
+    numbers: list[Any] = [num_groups] * model.size
+    if model.size > 1:
+        dist.all_gather_object(numbers, num_groups, group=model.group)
+    if len(set(numbers)) > 1:
+        raise EngineError(
+            f"stages train {min(numbers)} to {max(numbers)} groups of parameters (matrices, vectors) and "
+            "need equally many: freeze a kind of parameter on all stages or none, or set parallel.pp_size=1"
+        )
 
 
-def parameter_groups(module: nn.Module) -> list[list[nn.Parameter]]:
-    """One matrix alone, the other matrices, and the vectors.
-
-    Alone is a tied embedding, so that its gradients can be told from others' in a flat partition. A stage
-    without one sets another matrix apart: DeepSpeed reduces the gradient norm once a group over all
-    stages, and a stage with fewer groups would leave the others waiting.
-    """
-    parameters = list(module.parameters())
-    matrices = [p for p in parameters if len(spec_of(p).full_shape) > 1]
-    alone = next((p for p in matrices if spec_of(p).tied), matrices[0])
-    return [
-        [alone],
-        [p for p in matrices if p is not alone],
-        [p for p in parameters if len(spec_of(p).full_shape) == 1],
-    ]
+def _restore_buffers(module: nn.Module, state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put buffers that are state back as they were: DeepSpeed casts them to the weights' format."""
+    for name, buffer in state.items():
+        owner, _, own_name = name.rpartition(".")
+        spec = spec_of(buffer)
+        module.get_submodule(owner)._buffers[own_name] = kept = buffer.to(device)
+        kept.spec = spec  # type: ignore[attr-defined]
 
 
 def _release_nothing() -> None:
@@ -261,14 +282,19 @@ def _release_nothing() -> None:
 
 
 def _agreement_check(group: Group) -> Callable[[list[int]], None]:
-    """A check that all ranks of a group hold the same integers."""
+    """A check that all ranks of a group hold the same numbers of modules or parameters.
+
+    DeepSpeed counts on through all models of a process, and ranks may have built unlike ones before: so the
+    numbers are compared as counted from the smallest.
+    """
 
     def check(ints: list[int]) -> None:
         if group_size(group) == 1:
             return
+        own = [number - min(ints) for number in ints]
         everyone: list[Any] = [None] * group_size(group)
-        dist.all_gather_object(everyone, ints, group=group)
-        if any(other != ints for other in everyone):
+        dist.all_gather_object(everyone, own, group=group)
+        if any(other != own for other in everyone):
             raise RuntimeError("data-parallel ranks disagree on the order of parameters: this is a bug")
 
     return check

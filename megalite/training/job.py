@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,34 +15,29 @@ from megalite.config.run import RunConfig
 from megalite.data.corpus import prepare_default_data
 from megalite.data.datasets import Datasets
 from megalite.data.fingerprint import describe_data
-from megalite.data.loader import BatchLoader, check_vocabulary
-from megalite.error import UserError
+from megalite.data.loader import Batches, BatchLoader, PreparedBatches, check_vocabulary
+from megalite.error import UserError, told_to_users
 from megalite.measure.hardware import peak_flops_per_second
 from megalite.measure.metrics import Metrics, Workload
 from megalite.measure.progress import Progress
 from megalite.measure.report import describe_memory, describe_run, peak_memory_bytes
 from megalite.model.flops import flops_per_token
+from megalite.optimizer.recipe import state_bytes
 from megalite.parallel.context import ParallelContext
 from megalite.tokenizer.load import load_tokenizer
-from megalite.training.checkpoints import Checkpoints, gather
+from megalite.training.checkpoints import Checkpoints
 from megalite.training.engine import TORCH_DTYPES, initialize_communication
 from megalite.training.environment import Environment, cpu_is_chosen, threads_are_set
 from megalite.training.loop import Data, train
 from megalite.training.output import make_folder, write_configs
-from megalite.training.replica import Replica, build_context
 from megalite.training.samples import build_samples, open_cache, token_files
-from megalite.watch.liveness import Liveness, LivenessError
+from megalite.training.trainer import StageTrainer, build_context
+from megalite.training.world import JobError, gather, on_rank_0
+from megalite.watch.liveness import Liveness
 from megalite.watch.server import leave
 
 DEFAULT_CORPUS_BYTES = 8 << 20
-USER_ERRORS = (ValueError, OSError, FloatingPointError)
 DEATH_SECONDS = 1.0  # in which a rank's death is known to all
-
-Result = TypeVar("Result")
-
-
-class JobError(UserError):
-    """A user's mistake that shows when the ranks come together."""
 
 
 def pretrain(run: RunConfig, deepspeed: DeepSpeedConfig, environment: Environment) -> None:
@@ -51,10 +46,11 @@ def pretrain(run: RunConfig, deepspeed: DeepSpeedConfig, environment: Environmen
         try:
             _pretrain(run, deepspeed, environment, device)
         except Exception as error:
-            if not _is_of_the_user(error):
+            line = told_to_users(error)
+            if line is None:
                 time.sleep(DEATH_SECONDS)  # a rank that died breaks our connections: then we end here
                 sys.excepthook(type(error), error, error.__traceback__)  # ours to mend: show where
-            liveness.failed(_in_words(error))
+            liveness.failed(line or f"{type(error).__name__}: {error}")
 
 
 @contextmanager
@@ -69,7 +65,7 @@ def processes(environment: Environment) -> Iterator[tuple[torch.device, Liveness
         leave(
             f"ranks cannot meet at {where}: {reason}: choose another MASTER_PORT (deepspeed --master_port N)"
         )
-    except (JobError, LivenessError) as error:
+    except UserError as error:
         leave(str(error))
     initialize_communication()
     yield device, liveness
@@ -118,20 +114,21 @@ def _pretrain(
     has_bar = is_reporter and sys.stderr.isatty()  # a log file wants lines
     datasets = build_samples(run, deepspeed.train_batch_size, open_cache(run), progress=has_bar)
     data = _build_data(datasets, run, deepspeed, context)
-    on_rank_0(context, lambda: make_folder(run.output_dir))
+    on_rank_0(context.rank, lambda: make_folder(run.output_dir))
     memory_at_start = gather(peak_memory_bytes(device))
-    replica = Replica(run, deepspeed, context)
+    trainer = StageTrainer(run, deepspeed, context)
     checkpoints = Checkpoints(run, deepspeed, environment.rank, report, describe_data(datasets))
-    last_step = checkpoints.resume(replica.engine)
+    last_step = checkpoints.resume(trainer.engine)
     if is_reporter:
         write_configs(run, deepspeed)
     metrics = _open_metrics(run, deepspeed, context, last_step, report)
-    train(replica, data, run, deepspeed, checkpoints, metrics, last_step + 1)
+    train(trainer, data, run, deepspeed, checkpoints, metrics, last_step + 1)
     if metrics:
         metrics.close()
         report(metrics.summary())
     peaks = gather(peak_memory_bytes(device))
-    report(describe_memory(run, deepspeed, context, memory_at_start, peaks))
+    optimizer_bytes = state_bytes(trainer.engine.recipe)
+    report(describe_memory(run, deepspeed, context, memory_at_start, peaks, optimizer_bytes))
 
 
 def _open_metrics(
@@ -176,7 +173,7 @@ def _with_data(run: RunConfig, context: ParallelContext) -> RunConfig:
         folder = make_folder(run.output_dir)
         return prepare_default_data(folder / "data", load_tokenizer("bytes"), DEFAULT_CORPUS_BYTES)
 
-    prefix = on_rank_0(context, prepare)
+    prefix = on_rank_0(context.rank, prepare)
     data = run.data.model_copy(update={"train": [prefix], "tokenizer": "bytes"})
     return run.model_copy(update={"data": data})
 
@@ -188,48 +185,26 @@ def _build_data(
         for indexed in token_files(datasets):
             check_vocabulary(indexed, run.model.vocab_size)
 
-    on_rank_0(context, check_ids)
+    on_rank_0(context.rank, check_ids)
 
-    def loader(dataset: Any) -> BatchLoader:
-        return BatchLoader(
+    stages = context["pp"]
+    ends = (0, stages.size - 1)
+
+    def batches(dataset: Any) -> Batches:
+        loader = BatchLoader(
             dataset,
-            deepspeed.train_batch_size,
-            deepspeed.num_micro_batches(context.dp_size),
-            context.dp_rank,
-            context.dp_size,
-            run.model.vocab_size,
-            run.data.mask_documents,
+            global_batch_samples=deepspeed.train_batch_size,
+            num_micro_batches=deepspeed.num_micro_batches(context["dp"].size),
+            dp_rank=context["dp"].rank,
+            dp_size=context["dp"].size,
+            vocab_size=run.model.vocab_size,
+            mask_documents=run.data.mask_documents,
+            reads_tokens=stages.rank in ends,
         )
+        return PreparedBatches(loader)
 
-    validation = loader(datasets.validation) if datasets.validation is not None else None
-    return Data(loader(datasets.train), validation)
-
-
-def on_rank_0(context: ParallelContext, action: Callable[[], Result]) -> Result:
-    """What an action gives on rank 0, on every rank; a user's mistake too, as the job's and not a rank's."""
-    value, mistake = None, None
-    if context.rank == 0:
-        try:
-            value = action()
-        except Exception as error:
-            if not _is_of_the_user(error):
-                raise
-            mistake = _in_words(error)
-    value, mistake = gather((value, mistake))[0]
-    if mistake is not None:
-        raise JobError(mistake)
-    return value
-
-
-def _is_of_the_user(error: Exception) -> bool:
-    """Whether its reader can mend it. Our errors for people have names; a bare ValueError is a bug."""
-    return isinstance(error, USER_ERRORS) and type(error) is not ValueError
-
-
-def _in_words(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"  # without Python's number
-    return str(error) if _is_of_the_user(error) else f"{type(error).__name__}: {error}"
+    validation = batches(datasets.validation) if datasets.validation is not None else None
+    return Data(batches(datasets.train), validation)
 
 
 def _say(text: str) -> None:

@@ -5,23 +5,23 @@ from dataclasses import dataclass
 
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.run import RunConfig
-from megalite.data.loader import BatchLoader
+from megalite.data.loader import Batches
 from megalite.measure.metrics import Metrics
 from megalite.training.checkpoints import Checkpoints
 from megalite.training.lr_schedule import learning_rate_at
-from megalite.training.replica import Replica, require_finite
+from megalite.training.trainer import LossSum, StageTrainer, require_finite
 
 
 @dataclass(frozen=True)
 class Data:
     """Where batches come from; validation may be absent."""
 
-    train: BatchLoader
-    validation: BatchLoader | None
+    train: Batches
+    validation: Batches | None
 
 
 def train(
-    replica: Replica,
+    trainer: StageTrainer,
     data: Data,
     run: RunConfig,
     deepspeed: DeepSpeedConfig,
@@ -39,13 +39,13 @@ def train(
         started = time.perf_counter()
         learning_rate = learning_rate_at(step, run.schedule, run.optimizer)
         micro_batches = data.train.batch((step - 1) * batch_samples)
-        result = replica.train_step(micro_batches, learning_rate)
+        result = trainer.train_step(micro_batches, learning_rate)
         require_finite(result, step, deepspeed.precision)
         step_seconds = time.perf_counter() - started
 
         validation_loss = None
         if data.validation and is_due(step, run.logging.validate_every_steps, num_steps):
-            validation_loss = evaluate(replica, data.validation, run, batch_samples)
+            validation_loss = evaluate(trainer, data.validation, run, batch_samples)
         if metrics:
             metrics.record(
                 step=step,
@@ -57,15 +57,15 @@ def train(
             )
         save_last = run.checkpoint.save_at_end and step == num_steps
         if save_last or is_due(step, run.checkpoint.save_every_steps):
-            checkpoints.save(replica.engine, step)
+            checkpoints.save(trainer.engine, step)
 
 
-def evaluate(replica: Replica, loader: BatchLoader, run: RunConfig, batch_samples: int) -> float:
+def evaluate(trainer: StageTrainer, batches: Batches, run: RunConfig, batch_samples: int) -> float:
     """Mean loss in nats over the first `validation_steps` global batches: the same ones each time."""
-    losses = [
-        replica.evaluate(loader.batch(index * batch_samples)) for index in range(run.logging.validation_steps)
-    ]
-    return sum(losses) / len(losses)
+    losses = LossSum()
+    for index in range(run.logging.validation_steps):
+        losses += trainer.evaluate(batches.batch(index * batch_samples))
+    return losses.mean
 
 
 def is_due(step: int, every: int, last: int | None = None) -> bool:

@@ -1,10 +1,12 @@
-"""Where DeepSpeed's ZeRO wrappers keep gradients and master weights; read from version 0.19.8.
+"""Where DeepSpeed's ZeRO wrappers keep weights, gradients and master weights; read from version 0.19.8.
 
 stage, precision         wrapper                   fp32 master weights
 0, fp32                  the torch optimizer       the parameters themselves
-1 and 2                  DeepSpeedZeroOptimizer    a flat partition a parameter group
-1, bf16, fp32 gradients  BF16_Optimizer            a flat partition a parameter group
-3                        ..._Stage3                a flat partition a sub-group
+1 and 2                  DeepSpeedZeroOptimizer    a flat partition per parameter group
+1, bf16, fp32 gradients  BF16_Optimizer            a flat partition per parameter group
+3                        ..._Stage3                a flat partition per sub-group
+
+A parameter that is not trained has no master: ZeRO-3 partitions it, the others leave it whole.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,8 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-
-ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class MasterSlice:
     offset: int
 
     def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The slice's elements in `flat`, or in a moment of the same shape; a live view."""
+        """The slice's elements in `flat`, or in a state of the same shape; a live view."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
 
 
@@ -45,15 +45,22 @@ def is_stage3(optimizer: Any) -> bool:
     return hasattr(optimizer, "parameter_offload")
 
 
-def master_slices(optimizer: Any, parameters: Iterable[nn.Parameter], dp_rank: int) -> Iterator[MasterSlice]:
-    """Where this rank's masters of each parameter lie; none where another rank has them all."""
+def master_slices(
+    optimizer: Any, parameters: Iterable[nn.Parameter], data_rank: int
+) -> Iterator[MasterSlice]:
+    """Where this rank's masters of each trained parameter lie; none where another rank has them all.
+
+    data_rank: this rank among those that ZeRO partitions over.
+    """
     for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
         if isinstance(optimizer, torch.optim.Optimizer):
             yield MasterSlice(parameter, 0, parameter.numel(), parameter, 0)
         elif is_stage3(optimizer):
             group, offset, numel = optimizer.grad_position[optimizer.get_param_id(parameter)]
             flat = optimizer.fp32_partitioned_groups_flat[group]
-            start = dp_rank * numel
+            start = data_rank * numel
             kept = max(0, min(numel, parameter.ds_numel - start))  # type: ignore[attr-defined]
             yield MasterSlice(parameter, start, kept, flat, offset)
         elif parameter._hp_mapping is not None:  # type: ignore[attr-defined]
@@ -63,35 +70,19 @@ def master_slices(optimizer: Any, parameters: Iterable[nn.Parameter], dp_rank: i
             yield MasterSlice(parameter, low.start, low.numel, flat, high.start)
 
 
-def _flat_partitions(optimizer: Any) -> list[torch.Tensor]:
-    if hasattr(optimizer, "fp32_groups_flat_partition"):  # BF16_Optimizer
-        return optimizer.fp32_groups_flat_partition
-    return optimizer.single_partition_of_fp32_groups
-
-
-def _parameter_groups(optimizer: Any) -> list[list[nn.Parameter]]:
-    names = ("fp16_groups", "bit16_groups", "bf16_groups")  # stage 3, stages 1 and 2, BF16_Optimizer
-    return next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))
-
-
-def adam_state(optimizer: Any, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Adam's state of a flat tensor, made as Adam would make it where the first step is yet to come."""
-    inner = inner_optimizer(optimizer)
-    state = inner.state[flat]
-    if not state:
-        on_device = inner.defaults.get("fused") or inner.defaults.get("capturable")
-        state["step"] = torch.zeros(
-            (), dtype=torch.float32, device=flat.device if on_device else torch.device("cpu")
-        )
-        for moment in ADAM_MOMENTS:
-            state[moment] = torch.zeros_like(flat, memory_format=torch.preserve_format)
-    return state
+def local_weight(optimizer: Any, parameter: Any, data_rank: int) -> tuple[int, torch.Tensor]:
+    """The weight that forward uses, as far as this rank holds it between steps: (start, flat live view)."""
+    if not is_stage3(optimizer):
+        return 0, parameter.detach().view(-1)
+    start = data_rank * parameter.ds_tensor.ds_numel
+    kept = max(0, min(parameter.ds_tensor.ds_numel, parameter.ds_numel - start))
+    return start, parameter.ds_tensor.detach().view(-1)[:kept]
 
 
 def reduced_gradients(optimizer: Any, parameter: nn.Parameter) -> list[torch.Tensor]:
-    """The gradients of a parameter that `step()` is about to use, summed over data parallel ranks.
+    """The gradients of a parameter that `step()` is about to use, summed over data-parallel ranks.
 
-    Where the wrapper keeps one list a group, these are the group's: give such a parameter a group alone.
+    Where the wrapper keeps one list per group, these are the group's: give such a parameter a group alone.
     """
     if isinstance(optimizer, torch.optim.Optimizer):
         assert parameter.grad is not None
@@ -104,3 +95,25 @@ def reduced_gradients(optimizer: Any, parameter: nn.Parameter) -> list[torch.Ten
                 gradients = optimizer.averaged_gradients[index]
                 return [gradients[place]] if is_stage3(optimizer) else list(gradients)
     raise ValueError("the optimizer does not hold this parameter")
+
+
+def clear_gradients(optimizer: Any) -> None:
+    """Let ZeRO-3 add gradients from a step's first backward on.
+
+    It copies them in the first backward of a step and adds in later ones: a parameter that the first does not
+    reach, of another chunk or an expert without tokens, would be added to the gradient of the step before.
+    """
+    for partition in optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values():
+        partition.zero_()
+    optimizer.micro_step_id = 1
+
+
+def _flat_partitions(optimizer: Any) -> list[torch.Tensor]:
+    if hasattr(optimizer, "fp32_groups_flat_partition"):  # BF16_Optimizer
+        return optimizer.fp32_groups_flat_partition
+    return optimizer.single_partition_of_fp32_groups
+
+
+def _parameter_groups(optimizer: Any) -> list[list[nn.Parameter]]:
+    names = ("fp16_groups", "bit16_groups", "bf16_groups")  # stage 3, stages 1 and 2, BF16_Optimizer
+    return next(getattr(optimizer, name) for name in names if hasattr(optimizer, name))

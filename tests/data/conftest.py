@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 
@@ -22,3 +24,16 @@ def write_dataset(tmp_path):
 def golden(write_dataset):
     """The golden data: three documents, each closed by id 0."""
     return write_dataset([[1, 2, 3, 0], [4, 5, 0], [6, 0]])
+
+
+@pytest.fixture
+def synced(monkeypatch):
+    """The numbers of the files and folders that were synced so far."""
+    numbers, fsync = set(), os.fsync
+
+    def recorded(descriptor):
+        numbers.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    return numbers

@@ -60,6 +60,11 @@ def test_what_was_built_is_found_again_mapped_and_counted(filled):
     assert (cache.num_found, cache.num_built, cache.num_kept) == (1, 1, 1)
 
 
+def test_an_entry_is_on_the_disk_with_all_its_files(synced, filled):
+    entry = entry_of(filled)
+    assert {path.stat().st_ino for path in (*entry.iterdir(), entry, filled)} <= synced
+
+
 def test_mapped_arrays_outlive_the_entry(filled):
     arrays = IndexCache(filled).get(MADE_FROM, never)
     shutil.rmtree(filled)

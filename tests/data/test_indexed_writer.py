@@ -21,6 +21,11 @@ def test_the_golden_files_are_written(golden):
     assert hashlib.sha256(index).hexdigest().startswith("673bc9f9d23fe11a")
 
 
+def test_a_pair_is_on_the_disk(synced, golden):
+    paths = (bin_path(golden.prefix), idx_path(golden.prefix), bin_path(golden.prefix).parent)
+    assert {path.stat().st_ino for path in paths} <= synced
+
+
 def test_documents_of_several_sequences_and_empty_ones_are_kept(tmp_path):
     with IndexedDatasetWriter(tmp_path / "p") as writer:
         writer.add_document([[1, 2], [], [3]])

@@ -118,7 +118,7 @@ def test_several_keys_stay_side_by_side(tmp_path):
     (tmp_path / "x.jsonl").write_bytes(lines_of({"a": "1", "b": "2"}, {"a": "3"}, {"a": "4", "b": "5"}))
     [block] = find_source(str(tmp_path / "x.jsonl"), ("a", "b")).blocks(MIB)
     found = block.read(("a", "b"), MIB)
-    assert found.texts == [["1", "4"], ["2", "5"]] and found.records == [1, 3] and len(found.bad_records) == 1
+    assert found.texts == [["1", "4"], ["2", "5"]] and found.numbers == [1, 3] and len(found.bad_records) == 1
 
 
 def write_parquet(path, texts, kind=None, **options):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from megalite.measure.metrics import METRICS_FILE, Metrics, Workload, cut_rows_after
+from megalite.measure.metrics import METRICS_FILE, TENSORBOARD_TAGS, Metrics, Workload, cut_rows_after
 from megalite.measure.progress import Progress, seconds_in_words
 
 WORKLOAD = Workload(
@@ -60,6 +60,15 @@ def test_a_row_has_every_field_of_the_contract(tmp_path):
         "validation_loss": 2.75,
     }
     assert "validation_loss" not in rows_of(tmp_path)[0]
+
+
+def test_further_numbers_are_kept_by_their_names_and_none_is_left_out(tmp_path):
+    metrics = open_metrics(tmp_path)
+    record(metrics, 1, validation_loss=None, expert_load=0.25)
+    record(metrics, 2)
+    metrics.close()
+    first, second = rows_of(tmp_path)
+    assert first.keys() - second.keys() == {"expert_load"} and first["expert_load"] == 0.25
 
 
 def test_a_row_is_on_disk_as_soon_as_it_is_recorded(tmp_path):
@@ -121,7 +130,7 @@ def test_nothing_to_cut_leaves_the_file_alone(tmp_path):
 def test_tensorboard_shows_each_step_once_after_a_resumption(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     first = open_metrics(tmp_path, tensorboard=True)
-    record(first, 1, 2, 3, 4, loss=1.0, validation_loss=3.0)
+    record(first, 1, 2, 3, 4, loss=1.0, validation_loss=3.0, expert_load=0.25, absent=None)
     first.close()
     second = open_metrics(tmp_path, last_step=2, tensorboard=True)
     record(second, 3, 4, 5, loss=2.0)
@@ -131,7 +140,11 @@ def test_tensorboard_shows_each_step_once_after_a_resumption(tmp_path):
     curve = [(event.step, event.value) for event in events.Scalars("loss/train")]
     assert curve == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]
     assert [event.step for event in events.Scalars("loss/validation")] == [1, 2]
-    assert "speed/mfu" in events.Tags()["scalars"]
+    assert [(event.step, event.value) for event in events.Scalars("more/expert_load")] == [
+        (1, 0.25),
+        (2, 0.25),
+    ]
+    assert set(events.Tags()["scalars"]) == {*TENSORBOARD_TAGS.values(), "more/expert_load"}
 
 
 # What people see.

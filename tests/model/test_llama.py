@@ -12,13 +12,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
+from megalite.batch import Batch
 from megalite.checkpoint.hf import hf_config
 from megalite.config.model import ModelConfig
 from megalite.model.flops import num_parameters
-from megalite.model.layout import StageLayout
 from megalite.model.llama import LlamaStage
 from megalite.model.rope import inverse_frequencies
 from megalite.model.table import model_table
+from megalite.parallel.plan import LayerPlan
 
 SMALL = {
     "vocab_size": 131,
@@ -52,11 +53,9 @@ VARIANTS = {
 }
 
 
-def twins(
-    changes: dict, layout: StageLayout | None = None
-) -> tuple[ModelConfig, LlamaStage, LlamaForCausalLM]:
+def twins(changes: dict, recompute: str = "none") -> tuple[ModelConfig, LlamaStage, LlamaForCausalLM]:
     config = ModelConfig.model_validate(SMALL | changes)
-    stage = LlamaStage(config, layout, seed=5, dtype=torch.float64)
+    stage = LlamaStage(config, LayerPlan(dtype=torch.float64), seed=5, recompute=recompute)
     for index, parameter in enumerate(stage.parameters()):  # biases and norms as well are to matter
         if parameter.ndim == 1:
             generator = torch.Generator().manual_seed(index)
@@ -79,7 +78,8 @@ def _norm_in_float64(norm: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
 def loss_and_gradients(stage, twin) -> tuple[torch.Tensor, torch.Tensor, dict, dict]:
     tokens = torch.randint(SMALL["vocab_size"], (2, 41), generator=torch.Generator().manual_seed(1))
     ids, labels = tokens[:, :-1], tokens[:, 1:].contiguous()
-    loss = stage(ids, labels)
+    batch = Batch(ids, labels)
+    loss = stage(None, batch) / batch.loss_count()
     expected = torch.nn.functional.cross_entropy(twin(ids).logits.flatten(0, 1), labels.flatten())
     loss.backward()
     expected.backward()
@@ -114,7 +114,7 @@ def test_rotary_frequencies_equal_those_of_transformers(scaling):
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recomputation_changes_nothing(recompute):
-    _, stage, twin = twins({}, StageLayout(recompute=recompute))
+    _, stage, twin = twins({}, recompute)
     loss, expected, ours, theirs = loss_and_gradients(stage, twin)
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
     for name, gradient in theirs.items():

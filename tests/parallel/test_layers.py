@@ -4,14 +4,17 @@ Both sides compute the same sums in another order, so they differ by a few units
 relative error: 1e-11 leaves room for the sums' length and would not hide a wrong term.
 """
 
+import traceback
+from dataclasses import replace
+from functools import cache
+
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from megalite.config.model import ModelConfig
-from megalite.model.attention import ParallelAttention, kv_replicas
-from megalite.model.layout import StageLayout
+from megalite.model.attention import ParallelAttention, kv_copies
 from megalite.model.mlp import ParallelMLP
 from megalite.model.rope import RotaryEmbedding
 from megalite.parallel.context import ParallelContext
@@ -20,6 +23,7 @@ from megalite.parallel.embedding import VocabParallelEmbedding, padded_vocab_siz
 from megalite.parallel.linear import Column, ColumnParallelLinear, MergedColumnLinear, RowParallelLinear
 from megalite.parallel.mappings import copy_to_tp, gather_sequence, reduce_from_tp, scatter_sequence
 from megalite.parallel.norm import ParallelRMSNorm
+from megalite.parallel.plan import LayerPlan
 from megalite.parallel.shard import normal_initializer
 from megalite.parallel.topology import Topology
 from tests.harness import run_distributed
@@ -28,6 +32,12 @@ S, B, H, OUT, V = 8, 3, 12, 24, 37
 DTYPE = torch.float64
 INIT = normal_initializer(seed=3, std=0.5)
 CLOSE = {"rtol": 1e-11, "atol": 1e-11}
+
+
+def plan_of(group, sequence_parallel=False, kv_copy_size=1):
+    topology = Topology(group.size(), tp_size=group.size(), kv_copy_size=kv_copy_size)
+    context = ParallelContext.build(topology, group.rank(), torch.device("cpu"))
+    return LayerPlan(context, sequence_parallel, INIT, DTYPE)
 
 
 def full(name, *shape):
@@ -51,11 +61,9 @@ def assert_slice(local, whole, spec):
 
 def column_equals_linear(group):
     for sequence_parallel in (False, True):
-        layer = ColumnParallelLinear(
-            H, OUT, group=group, sequence_parallel=sequence_parallel, bias=True, init=INIT, dtype=DTYPE
-        )
+        layer = ColumnParallelLinear(H, OUT, plan_of(group, sequence_parallel), bias=True)
         x, grad = full("x", S, B, H), full("grad", S, B, OUT).detach()
-        weight, bias = weight_of("linear.weight", OUT, H), torch.zeros(OUT, dtype=DTYPE, requires_grad=True)
+        weight, bias = weight_of("weight", OUT, H), torch.zeros(OUT, dtype=DTYPE, requires_grad=True)
         F.linear(x, weight, bias).backward(grad)
         local_x = mine(x, group) if sequence_parallel else x.detach().clone().requires_grad_()
         y = layer(local_x)
@@ -69,11 +77,9 @@ def column_equals_linear(group):
 
 def row_equals_linear(group):
     for sequence_parallel in (False, True):
-        layer = RowParallelLinear(
-            OUT, H, group=group, sequence_parallel=sequence_parallel, bias=True, init=INIT, dtype=DTYPE
-        )
+        layer = RowParallelLinear(OUT, H, plan_of(group, sequence_parallel), bias=True)
         x, grad = full("x", S, B, OUT), full("grad", S, B, H).detach()
-        weight, bias = weight_of("linear.weight", H, OUT), torch.zeros(H, dtype=DTYPE, requires_grad=True)
+        weight, bias = weight_of("weight", H, OUT), torch.zeros(H, dtype=DTYPE, requires_grad=True)
         expected = F.linear(x, weight, bias)
         expected.backward(grad)
         local_x = mine(x, group, -1)
@@ -85,34 +91,20 @@ def row_equals_linear(group):
         torch.testing.assert_close(layer.bias.grad, bias.grad, **CLOSE)
 
 
-def merged_columns_equal_linears_with_replicas(group):
-    """Two KV-like heads over more ranks than heads: replicas hold the same rows and sum their gradients."""
+def merged_columns_equal_linears_with_copies(group):
+    """Two KV-like heads over more ranks than heads: copies hold the same rows and sum their gradients."""
     size, heads = group.size(), min(2, group.size())
-    replicas = size // heads
-    replica_groups = Topology(size, size).replica_groups(replicas)
-    replica_group = None
-    for ranks in replica_groups:
-        made = dist.new_group(ranks)
-        replica_group = made if group.rank() in ranks else replica_group
-    columns = [Column("q", OUT), Column("k", heads * 4, replicas)]
-    layer = MergedColumnLinear(
-        H,
-        columns,
-        group=group,
-        replica_group=replica_group,
-        sequence_parallel=True,
-        bias=True,
-        name="m",
-        init=INIT,
-        dtype=DTYPE,
-    )
+    copies = size // heads
+    plan = plan_of(group, sequence_parallel=True, kv_copy_size=copies)
+    columns = [Column("q", OUT), Column("k", heads * 4, cut_over="kv")]
+    layer = MergedColumnLinear(H, columns, plan, bias=True, name="m")
     x = full("x", S, B, H)
     grad_q, grad_k = full("gq", S, B, OUT).detach(), full("gk", size, S, B, 4).detach()
     q, k = weight_of("m.q.weight", OUT, H), weight_of("m.k.weight", heads * 4, H)
     twin_k = F.linear(x, k).unflatten(-1, (heads, 4))
     loss = (F.linear(x, q) * grad_q).sum()
-    for rank in range(size):  # each rank uses its replica in its own way
-        loss = loss + (twin_k[..., rank // replicas, :] * grad_k[rank]).sum()
+    for rank in range(size):  # each rank uses its copy in its own way
+        loss = loss + (twin_k[..., rank // copies, :] * grad_k[rank]).sum()
     loss.backward()
     local_x = mine(x, group)
     y_q, y_k = layer(local_x)
@@ -120,18 +112,16 @@ def merged_columns_equal_linears_with_replicas(group):
     torch.testing.assert_close(local_x.grad, mine(x.grad, group).detach(), **CLOSE)
     assert_slice(layer.q_weight.grad, q.grad, layer.q_weight.spec)
     assert_slice(layer.k_weight.grad, k.grad, layer.k_weight.spec)
-    expected_bias = grad_k.reshape(heads, replicas, S * B, 4).sum((1, 2)).flatten()
+    expected_bias = grad_k.reshape(heads, copies, S * B, 4).sum((1, 2)).flatten()
     assert_slice(layer.k_bias.grad, expected_bias, layer.k_bias.spec)
-    assert layer.k_weight.model_parallel == (group.rank() % replicas == 0)
+    assert layer.k_weight.model_parallel == (group.rank() % copies == 0)
 
 
 def embedding_equals_embedding(group):
     for sequence_parallel in (False, True):
-        layer = VocabParallelEmbedding(
-            V, H, group=group, sequence_parallel=sequence_parallel, init=INIT, dtype=DTYPE
-        )
+        layer = VocabParallelEmbedding(V, H, plan_of(group, sequence_parallel))
         ids = torch.arange(S * B).reshape(S, B) * 7 % V
-        grad, table = full("grad", S, B, H).detach(), weight_of("embedding.weight", V, H)
+        grad, table = full("grad", S, B, H).detach(), weight_of("weight", V, H)
         expected = F.embedding(ids, table)
         expected.backward(grad)
         y = layer(ids)
@@ -142,7 +132,7 @@ def embedding_equals_embedding(group):
 
 def norm_equals_rms_norm(group):
     for sequence_parallel in (False, True):
-        layer = ParallelRMSNorm(H, group=group, sequence_parallel=sequence_parallel, dtype=DTYPE)
+        layer = ParallelRMSNorm(H, plan_of(group, sequence_parallel))
         twin = torch.nn.RMSNorm(H, eps=1e-5, dtype=DTYPE)
         with torch.no_grad():
             for weight in (layer.weight, twin.weight):
@@ -220,13 +210,11 @@ CONFIG = ModelConfig(
 
 
 def attention_and_mlp_equal_one_process(group):
-    topology = Topology(group.size(), group.size())
-    replicas = kv_replicas(CONFIG.num_key_value_heads, group.size())
-    context = ParallelContext.build(topology, group.rank(), torch.device("cpu"), kv_replicas=replicas)
+    copies = kv_copies(CONFIG.num_key_value_heads, group.size())
     for sequence_parallel in (False, True):
-        layout = StageLayout(context, sequence_parallel, recompute="selective")
+        plan = plan_of(group, sequence_parallel, copies)
         for make in (_attention, _mlp):
-            layer, twin = make(layout), make(StageLayout())
+            layer, twin = make(plan), make(LayerPlan(init=INIT, dtype=DTYPE))
             x, grad = full("x", S, B, 16), full("grad", S, B, 16).detach()
             twin(x).backward(grad)
             local_x = mine(x, group) if sequence_parallel else x.detach().clone().requires_grad_()
@@ -237,49 +225,94 @@ def attention_and_mlp_equal_one_process(group):
                 assert_slice(local.grad, whole.grad, local.spec)
 
 
-def _attention(layout):
-    rotary = RotaryEmbedding(CONFIG)
-    return ParallelAttention(CONFIG, rotary, layout, name="a", init=INIT, dtype=DTYPE)
+def _attention(plan):
+    return ParallelAttention(CONFIG, RotaryEmbedding(CONFIG), plan, name="a", recompute=True)
 
 
-def _mlp(layout):
-    return ParallelMLP(CONFIG, layout, name="m", init=INIT, dtype=DTYPE)
+def _mlp(plan):
+    return ParallelMLP(CONFIG, plan, name="m")
+
+
+def layers_without_an_initializer_draw_from_torch_as_its_own_do(group):
+    torch.manual_seed(5)
+    first, second = (RowParallelLinear(OUT, H, replace(plan_of(group), init=None)) for _ in range(2))
+    torch.manual_seed(5)
+    again = RowParallelLinear(OUT, H, replace(plan_of(group), init=None))
+    assert torch.equal(first.weight, again.weight) and not torch.equal(first.weight, second.weight)
+    wide = ColumnParallelLinear(400, 400, replace(plan_of(group), init=None)).weight
+    assert 0.99 / 20 < wide.abs().max() <= 1 / 20  # U(-1/sqrt(400), 1/sqrt(400))
+    table = VocabParallelEmbedding(V, 400, replace(plan_of(group), init=None)).weight
+    assert abs(table[: table.spec.box_shape[0]].std() - 1) < 0.05
+
+
+def layers_say_their_full_and_local_shapes(group):
+    layer = ColumnParallelLinear(H, OUT, plan_of(group), bias=True)
+    here = f", [{OUT // group.size()}, {H}] here, cut over tp" if group.size() > 1 else ""
+    assert f"weight=[{OUT}, {H}]{here}" in repr(layer) and f"bias=[{OUT}]" in repr(layer)
+    assert f"weight=[{H}]" in repr(ParallelRMSNorm(H, plan_of(group)))
+
+
+def ignored_labels_have_no_loss_and_no_gradient(group):
+    logits = full("logits", S, B, padded_vocab_size(V, group.size(), multiple=16))
+    labels = torch.arange(S * B).reshape(S, B) % V
+    labels[::2] = -100
+    local = mine(logits, group, -1)
+    loss = vocab_parallel_cross_entropy(local, labels, vocab_size=V, group=group)
+    (loss * full("weights", S, B).detach()).sum().backward()
+    assert not loss[::2].any() and not local.grad[::2].any() and local.grad[1::2].any()
+    expected = F.cross_entropy(logits[..., :V].flatten(0, 1), labels.flatten(), ignore_index=-100)
+    torch.testing.assert_close(loss.sum() / (labels != -100).sum(), expected, **CLOSE)
 
 
 CHECKS = [
     column_equals_linear,
     row_equals_linear,
-    merged_columns_equal_linears_with_replicas,
+    merged_columns_equal_linears_with_copies,
     embedding_equals_embedding,
     norm_equals_rms_norm,
     loss_equals_cross_entropy_and_padding_never_counts,
+    ignored_labels_have_no_loss_and_no_gradient,
     mappings_are_transposes,
     collectives_write_only_to_their_own,
     attention_and_mlp_equal_one_process,
+    layers_without_an_initializer_draw_from_torch_as_its_own_do,
+    layers_say_their_full_and_local_shapes,
 ]
 
 
 def run_checks(rank):
+    """What each check found wrong, by its name: one that fails hides no other."""
+    found = {}
     for check in CHECKS:
-        check(dist.group.WORLD)
+        try:
+            check(dist.group.WORLD)
+        except AssertionError:
+            found[check.__name__] = traceback.format_exc()
+    return found
+
+
+@cache
+def failures_of_world(world_size):
+    return run_distributed(run_checks, world_size)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_parallel_layers_equal_their_unsharded_twins(world_size):
-    run_distributed(run_checks, world_size)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_parallel_layers_equal_their_unsharded_twins(check, world_size):
+    for rank, failures in enumerate(failures_of_world(world_size)):
+        assert check.__name__ not in failures, f"rank {rank}: {failures[check.__name__]}"
 
 
 def test_a_parameter_that_does_not_divide_is_refused():
     def body(rank):
-        with pytest.raises(ValueError, match=r"size 7 cannot be cut into 2/1 equal pieces"):
-            ColumnParallelLinear(4, 7, group=dist.group.WORLD)
+        with pytest.raises(ValueError, match=r"size 7 cannot be cut into 2 equal pieces"):
+            ColumnParallelLinear(4, 7, plan_of(dist.group.WORLD))
 
     run_distributed(body, 2)
 
 
 def norm_without_the_sum(group):
-    layer = ParallelRMSNorm(H, group=group, sequence_parallel=True, dtype=DTYPE)
-    layer.sequence_parallel = False
+    layer = ParallelRMSNorm(H, plan_of(group, sequence_parallel=False))
     x = mine(full("x", S, B, H), group)
     layer(x).sum().backward()
     reference = torch.nn.RMSNorm(H, eps=1e-5, dtype=DTYPE)

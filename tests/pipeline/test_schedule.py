@@ -13,6 +13,7 @@ from megalite.pipeline.schedule import (
     Backward,
     Exchange,
     Forward,
+    Transfer,
     all_forward_all_backward,
     build_schedule,
     forward_only,
@@ -42,54 +43,48 @@ def check_computation(actions, num_micro_batches, trains):
     require(forwards == list(range(num_micro_batches)), f"forwards {forwards}")
     require(backwards == (forwards if trains else []), f"backwards {backwards}")
     for micro_batch in backwards:
-        before = actions.index(Forward(micro_batch)) < actions.index(Backward(micro_batch))
-        require(before, f"backward {micro_batch} comes before its forward")
+        order = [type(action) for action in actions if getattr(action, "micro_batch", None) == micro_batch]
+        require(order == [Forward, Backward], f"backward {micro_batch} comes before its forward")
+    marks = [action.is_last for action in actions if isinstance(action, Backward)]
+    require(marks == [False] * (len(marks) - 1) + [True] * bool(marks), f"the last backward by {marks}")
 
 
 def check_data_flow(actions, stage, num_stages):
     """What a computation needs has arrived, what is sent has been computed, and all results are sent."""
-    received_forward, received_backward, computed, sent_forward, sent_backward = (set() for _ in range(5))
+    received, computed, sent = set(), set(), set()
     for action in actions:
         match action:
             case Forward(micro_batch):
-                require(stage == 0 or micro_batch in received_forward, f"{action} lacks its input")
+                arrived = ("activation", micro_batch) in received
+                require(stage == 0 or arrived, f"{action} lacks its input")
+                computed.add(("activation", micro_batch))
             case Backward(micro_batch):
-                last = stage == num_stages - 1
-                require(last or micro_batch in received_backward, f"{action} lacks its gradient")
-            case Exchange(send_forward, recv_forward, send_backward, recv_backward):
-                require(
-                    send_forward is None or Forward(send_forward) in computed, f"{action} sends too early"
-                )
-                require(
-                    send_backward is None or Backward(send_backward) in computed, f"{action} sends too early"
-                )
-                received_forward.add(recv_forward)
-                received_backward.add(recv_backward)
-                sent_forward.add(send_forward)
-                sent_backward.add(send_backward)
-        computed.add(action)
-    forwards = {action.micro_batch for action in computed if isinstance(action, Forward)}
-    backwards = {action.micro_batch for action in computed if isinstance(action, Backward)}
-    if stage < num_stages - 1:
-        require(sent_forward >= forwards, "an activation is never sent")
-    if stage > 0:
-        require(sent_backward >= backwards, "a gradient is never sent")
+                arrived = ("gradient", micro_batch) in received
+                require(stage == num_stages - 1 or arrived, f"{action} lacks its gradient")
+                computed.add(("gradient", micro_batch))
+            case Exchange(transfers):
+                for transfer in transfers:
+                    what = transfer.kind, transfer.micro_batch
+                    if transfer.verb == "send":
+                        require(what in computed, f"{transfer} comes too early")
+                    (sent if transfer.verb == "send" else received).add(what)
+    for kind, micro_batch in computed:
+        has_taker = stage < num_stages - 1 if kind == "activation" else stage > 0
+        require(not has_taker or (kind, micro_batch) in sent, f"an {kind} is never sent")
 
 
 def check_order(schedules):
     """Between neighbours, what is sent first is received first, in both directions."""
-    for left, right in pairwise(schedules):
-        for send, receive, sender, receiver in (
-            ("send_forward", "recv_forward", left, right),
-            ("send_backward", "recv_backward", right, left),
-        ):
-            sent, received = traffic(sender, send), traffic(receiver, receive)
-            require(sent == received, f"{send} {sent} meets {receive} {received}")
+    for left, right in pairwise(range(len(schedules))):
+        for kind, sender, receiver in (("activation", left, right), ("gradient", right, left)):
+            sent = traffic(schedules[sender], "send", kind, receiver)
+            received = traffic(schedules[receiver], "receive", kind, sender)
+            require(sent == received, f"send {kind} {sent} meets receive {received}")
 
 
-def traffic(actions, field):
-    exchanges = [action for action in actions if isinstance(action, Exchange)]
-    return [getattr(action, field) for action in exchanges if getattr(action, field) is not None]
+def traffic(actions, verb, kind, peer):
+    transfers = [t for action in actions if isinstance(action, Exchange) for t in action.transfers]
+    return [t.micro_batch for t in transfers if (t.verb, t.kind, t.peer) == (verb, kind, peer)]
 
 
 def check_in_flight(actions, limit):
@@ -100,23 +95,12 @@ def check_in_flight(actions, limit):
         require(in_flight <= limit, f"{in_flight} micro batches in flight, at most {limit} allowed")
 
 
-PEERS = {  # the operation seen from this side: which neighbour it meets, and its name on the other side
-    "send_forward": (1, "recv_forward"),
-    "recv_forward": (-1, "send_forward"),
-    "send_backward": (-1, "recv_backward"),
-    "recv_backward": (1, "send_backward"),
-}
-
-
 def operations(stage, exchange):
-    """{(sender, receiver, direction, micro batch)} of one exchange."""
-    found = set()
-    for field, (offset, _) in PEERS.items():
-        micro_batch = getattr(exchange, field)
-        if micro_batch is not None:
-            ends = (stage, stage + offset) if field.startswith("send") else (stage + offset, stage)
-            found.add((*ends, field.split("_")[1], micro_batch))
-    return found
+    """{(sender, receiver, kind, micro batch)} of one exchange."""
+    return {
+        ((stage, t.peer) if t.verb == "send" else (t.peer, stage)) + (t.kind, t.micro_batch)
+        for t in exchange.transfers
+    }
 
 
 def check_rendezvous(schedules):
@@ -264,23 +248,34 @@ def test_no_exchange_is_empty_and_each_talks_to_one_neighbour(build, num_stages)
                     assert len(neighbours) == 1, (stage, action)
 
 
+def exchange(stage, send_forward=None, recv_backward=None, send_backward=None, recv_forward=None):
+    """An exchange with the stages beside, by the micro batches that travel."""
+    rows = [
+        ("send", "activation", send_forward, stage + 1),
+        ("receive", "gradient", recv_backward, stage + 1),
+        ("send", "gradient", send_backward, stage - 1),
+        ("receive", "activation", recv_forward, stage - 1),
+    ]
+    return Exchange(tuple(Transfer(*row) for row in rows if row[2] is not None))
+
+
 def test_1f1b_of_the_middle_of_three_stages_written_out_by_hand():
     assert one_forward_one_backward(1, 3, 3) == [
-        Exchange(recv_forward=0),
+        exchange(1, recv_forward=0),
         Forward(0),
-        Exchange(send_forward=0),
-        Exchange(recv_forward=1),
+        exchange(1, send_forward=0),
+        exchange(1, recv_forward=1),
         Forward(1),
-        Exchange(send_forward=1, recv_backward=0),
+        exchange(1, send_forward=1, recv_backward=0),
         Backward(0),
-        Exchange(send_backward=0, recv_forward=2),
+        exchange(1, send_backward=0, recv_forward=2),
         Forward(2),
-        Exchange(send_forward=2, recv_backward=1),
+        exchange(1, send_forward=2, recv_backward=1),
         Backward(1),
-        Exchange(send_backward=1),
-        Exchange(recv_backward=2),
-        Backward(2),
-        Exchange(send_backward=2),
+        exchange(1, send_backward=1),
+        exchange(1, recv_backward=2),
+        Backward(2, is_last=True),
+        exchange(1, send_backward=2),
     ]
 
 
@@ -312,8 +307,8 @@ def split(exchange, *parts):
     return change
 
 
-PAIRED = Exchange(send_forward=2, recv_backward=0)
-SEND, RECEIVE = Exchange(send_forward=2), Exchange(recv_backward=0)
+PAIRED = exchange(STAGE, send_forward=2, recv_backward=0)
+SEND, RECEIVE = exchange(STAGE, send_forward=2), exchange(STAGE, recv_backward=0)
 
 
 @pytest.mark.parametrize(
@@ -323,8 +318,9 @@ SEND, RECEIVE = Exchange(send_forward=2), Exchange(recv_backward=0)
         lambda actions: actions.append(Backward(3)),
         swap(Forward(2), Backward(2)),
         swap(Forward(0), Forward(1)),
+        swap(Backward(4), Backward(5, is_last=True)),
     ],
-    ids=["lost", "repeated", "backward first", "out of order"],
+    ids=["lost", "repeated", "backward first", "out of order", "another one marked last"],
 )
 def test_control_wrong_computations_are_noticed(change):
     with pytest.raises(BrokenError):
@@ -334,10 +330,10 @@ def test_control_wrong_computations_are_noticed(change):
 @pytest.mark.parametrize(
     "change",
     [
-        swap(Exchange(recv_forward=0), Forward(0)),
-        swap(Forward(1), Exchange(send_forward=1)),
+        swap(exchange(STAGE, recv_forward=0), Forward(0)),
+        swap(Forward(1), exchange(STAGE, send_forward=1)),
         swap(PAIRED, Backward(0)),
-        lambda actions: actions.remove(Exchange(send_forward=1)),
+        lambda actions: actions.remove(exchange(STAGE, send_forward=1)),
     ],
     ids=["used early", "sent early", "gradient used early", "never sent"],
 )
@@ -347,15 +343,17 @@ def test_control_wrong_data_flow_is_noticed(change):
 
 
 def test_control_sends_out_of_order_are_noticed():
-    with pytest.raises(BrokenError, match="send_forward"):
-        check_order(broken(swap(Exchange(send_forward=0), Exchange(send_forward=1))))
+    with pytest.raises(BrokenError, match="send activation"):
+        check_order(broken(swap(exchange(STAGE, send_forward=0), exchange(STAGE, send_forward=1))))
 
 
 def test_control_two_neighbours_that_both_receive_first_are_a_deadlock():
     schedules = broken(split(PAIRED, RECEIVE, SEND))
     check_rendezvous(schedules)
-    mirrored = Exchange(send_backward=0, recv_forward=2)
-    split(mirrored, Exchange(recv_forward=2), Exchange(send_backward=0))(schedules[STAGE + 1])
+    mirrored = exchange(STAGE + 1, send_backward=0, recv_forward=2)
+    split(mirrored, exchange(STAGE + 1, recv_forward=2), exchange(STAGE + 1, send_backward=0))(
+        schedules[STAGE + 1]
+    )
     for check in (check_rendezvous, check_groups):
         with pytest.raises(BrokenError, match=r"deadlock|posts"):
             check(schedules)
@@ -382,8 +380,9 @@ def test_control_a_dropped_or_renumbered_exchange_is_noticed_wherever_it_stood(b
                 continue
             dropped, renumbered = (pipeline(build, STAGES, MICRO_BATCHES) for _ in range(2))
             del dropped[stage][i]
-            field = next(field for field in PEERS if getattr(action, field) is not None)
-            renumbered[stage][i] = replace(action, **{field: getattr(action, field) + 100})
+            first, *others = action.transfers
+            other_number = replace(first, micro_batch=first.micro_batch + 100)
+            renumbered[stage][i] = Exchange((other_number, *others))
             for schedules in (dropped, renumbered):
                 with pytest.raises(BrokenError):
                     check(schedules)

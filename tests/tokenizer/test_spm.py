@@ -96,7 +96,8 @@ def test_a_converted_unigram_model_differs_from_sentencepiece_in_few_texts_and_i
     train, text, tmp_path
 ):
     model = train("unigram")
-    ours, theirs = spm.convert_unigram(model), sentencepiece.SentencePieceProcessor(model_file=str(model))
+    ours = spm.convert_unigram(model.read_bytes(), "name")
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(model))
     lines = [line for line in text.splitlines() if line.strip()][:1000]
     different = 0
     for line, ids in zip(lines, ours.encode_batch(lines), strict=True):
@@ -106,6 +107,7 @@ def test_a_converted_unigram_model_differs_from_sentencepiece_in_few_texts_and_i
     assert different < 0.05 * len(lines)
     assert [ours.token_to_id(theirs.IdToPiece(index)) for index in range(500)] == list(range(500))
     with pytest.raises(TokenizerError, match="only unigram models that keep text as it is"):
-        spm.convert_unigram(train("bpe"))
+        spm.convert_unigram(train("bpe").read_bytes(), "name")
     with pytest.raises(TokenizerError, match="only unigram models that keep text as it is"):
-        spm.convert_unigram(train("unigram", normalization_rule_name="nmt_nfkc"))
+        model = train("unigram", normalization_rule_name="nmt_nfkc")
+        spm.convert_unigram(model.read_bytes(), "name")

@@ -24,8 +24,7 @@ def test_every_key_and_its_meaning_are_on_the_page():
 def test_a_file_that_cannot_be_written_is_one_line(tmp_path, capsys):
     assert TOOL["main"](["--output", str(tmp_path / "no" / "such.md")]) == 2
     captured = capsys.readouterr()
-    assert captured.err.startswith("error: cannot write")
-    assert captured.err.count("\n") == 1
+    assert captured.err == f"error: {tmp_path / 'no' / 'such.md'}: No such file or directory\n"
 
 
 def test_the_page_is_written_where_it_is_asked_for(tmp_path):

@@ -70,7 +70,7 @@ def test_datatrove_files_bring_their_documents(tmp_path):
             "FILE.ds.index has the documents",
         ),
         (("--format", "datatrove", "--vocab-size", 0), "--vocab-size: expected at least 1, found 0"),
-        ((*FLAT, "--vocab-size", 3), "after token 0: token id: expected 0 to 2, found 3"),
+        ((*FLAT, "--vocab-size", 3), "at token 3: token id: expected 0 to 2, found 3"),
         (
             (*FLAT[:-1], "none", "--vocab-size", 6),
             "--eos-token-id: expected an id for positions start and end",

@@ -30,7 +30,7 @@ def test_header_counts_and_lengths_are_shown(capsys, prefix):
         "documents    3, 1 of them empty",
         "sequences    3",
         "tokens       104",
-        "2 to 100 tokens a sequence, median 2, mean 34.7",
+        "2 to 100 tokens per sequence, median 2, mean 34.7",
         "2 to 3 | ######################################## 2",
         "64 to 127 | ####################                     1",
         "verdict: sound, as far as the index tells; --verify reads the ids too",

@@ -186,7 +186,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_finished_and_the_next_says
     source = write_lines(tmp_path / "a.jsonl", [{"text": "x" * 2000}] * 20_000)
     process = start(tmp_path, source)
     deadline = time.monotonic() + 60
-    while not (written := list((tmp_path / "out").glob(".p*.bin"))) or not written[0].stat().st_size:
+    while not (written := list((tmp_path / "out").glob(".p*.bin.*.tmp"))) or not written[0].stat().st_size:
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
     process.send_signal(how)

@@ -7,7 +7,7 @@ from megalite.config.run import CheckpointConfig
 from megalite.training.checkpoints import Checkpoints
 from megalite.training.engine import initialize_communication
 from tests.harness import run_distributed
-from tests.replicas import ADAM, Case, build_replica, deepspeed_config, micro_batches, run_config
+from tests.trainers import ADAM, Case, build_trainer, deepspeed_config, micro_batches, run_config
 
 CASES = [
     *(Case(tp=2, dp=2, zero=zero, tied=zero > 1) for zero in (0, 1, 2, 3)),
@@ -23,15 +23,15 @@ def train(rank, case, folder, first, last, save_at=None):
     """Steps first to last, after resuming where there is a checkpoint; losses and norms as they came."""
     initialize_communication()
     run = run_config(case, output_dir=str(folder), checkpoint=CheckpointConfig(save_every_steps=STOP))
-    replica = build_replica(rank, case)
+    trainer = build_trainer(rank, case)
     checkpoints = Checkpoints(run, deepspeed_config(case), rank, lambda text: None)
-    assert checkpoints.resume(replica.engine) == first - 1
+    assert checkpoints.resume(trainer.engine) == first - 1
     curve = []
     for step in range(first, last + 1):
-        result = replica.train_step(micro_batches(step, replica.context), ADAM.learning_rate / step)
+        result = trainer.train_step(micro_batches(step, trainer.context), ADAM.learning_rate / step)
         curve.append((result.loss, result.grad_norm))
         if step == save_at:
-            checkpoints.save(replica.engine, step)
+            checkpoints.save(trainer.engine, step)
     return curve
 
 
@@ -63,7 +63,7 @@ def resume_with_another_batch_size(rank, folder):
     initialize_communication()
     run = run_config(Case(), output_dir=str(folder))
     other = deepspeed_config(Case()).model_copy(update={"train_batch_size": 16})
-    Checkpoints(run, other, rank, lambda text: None).resume(build_replica(rank, Case()).engine)
+    Checkpoints(run, other, rank, lambda text: None).resume(build_trainer(rank, Case()).engine)
 
 
 def test_another_batch_size_is_refused_since_it_would_lose_the_place_in_the_data(tmp_path):

@@ -5,7 +5,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
 from megalite.training.engine import initialize_communication
 from tests.harness import run_distributed
-from tests.replicas import ADAM, Case, build_replica, micro_batches
+from tests.trainers import ADAM, Case, build_trainer, micro_batches
 
 NUM_STEPS = 3  # the first records the trace of parameter uses, later ones follow it
 
@@ -36,16 +36,16 @@ class Counter:
 def gathered_per_step(rank, case):
     """Elements gathered in each step, and most at once, as parts of the stage; losses; micro batches."""
     initialize_communication()
-    replica = build_replica(rank, case, stage3_param_persistence_threshold=0)
-    counter = Counter(replica.engine.module)
-    stage_elements = sum(p.ds_numel for p in replica.engine.module.parameters())
+    trainer = build_trainer(rank, case, stage3_param_persistence_threshold=0)
+    counter = Counter(trainer.engine.module)
+    stage_elements = sum(p.ds_numel for p in trainer.engine.module.parameters())
     ratios, losses = [], []
     for step in range(NUM_STEPS):
         counter.elements = 0
-        result = replica.train_step(micro_batches(step, replica.context), ADAM.learning_rate)
+        result = trainer.train_step(micro_batches(step, trainer.context), ADAM.learning_rate)
         ratios.append(counter.elements / stage_elements)
         losses.append((result.loss, result.grad_norm))
-    num_micro_batches = len(micro_batches(0, replica.context))
+    num_micro_batches = len(micro_batches(0, trainer.context))
     return ratios, counter.most_at_once / stage_elements, losses, num_micro_batches
 
 

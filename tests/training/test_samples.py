@@ -13,7 +13,7 @@ from megalite.training.checkpoints import Checkpoints
 from megalite.training.engine import initialize_communication
 from megalite.training.samples import build_samples, open_cache, token_files
 from tests.harness import run_distributed
-from tests.replicas import Case, build_replica, deepspeed_config, run_config
+from tests.trainers import Case, build_trainer, deepspeed_config, run_config
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def test_a_run_without_data_has_nothing_to_index():
 def save_and_resume(rank, folder, train):
     """What resuming gives with the same data, with another order, and with another order that is allowed."""
     initialize_communication()
-    replica = build_replica(rank, Case())
+    trainer = build_trainer(rank, Case())
 
     def checkpoints(seed, allow):
         run = run_on(train, seed, allow_other_data=allow)
@@ -66,11 +66,11 @@ def save_and_resume(rank, folder, train):
         data = describe_data(build_samples(run, 2))
         return Checkpoints(config, deepspeed_config(Case()), rank, lambda text: None, data)
 
-    checkpoints(1, False).save(replica.engine, 1)
-    same = checkpoints(1, False).resume(replica.engine)
+    checkpoints(1, False).save(trainer.engine, 1)
+    same = checkpoints(1, False).resume(trainer.engine)
     with pytest.raises(DataError) as refusal:
-        checkpoints(2, False).resume(replica.engine)
-    return same, str(refusal.value), checkpoints(2, True).resume(replica.engine)
+        checkpoints(2, False).resume(trainer.engine)
+    return same, str(refusal.value), checkpoints(2, True).resume(trainer.engine)
 
 
 def test_a_checkpoint_of_other_data_is_refused_unless_told_otherwise(prefixes, tmp_path):

@@ -12,26 +12,39 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megalite.batch import Batch
+
 
 @dataclass(frozen=True)
-class Documents:
-    """The documents of one micro batch; made once and used by every layer of a stage.
+class AttentionSpans:
+    """What each token of a micro batch may see; made once and used by every layer of a stage.
 
-    starts: int64 [b, s].
+    starts: int64 [b, s], or None where attention is causal over the whole sample.
+    given_positions: int64 [b, s] for the rotary angles, or None for each token's place in its document.
     """
 
-    starts: torch.Tensor
+    starts: torch.Tensor | None
+    given_positions: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, batch: Batch) -> "AttentionSpans | None":
+        """The spans of a batch; None where attention is causal and positions are 0, 1, 2, ..."""
+        if batch.document_starts is None and batch.positions is None:
+            return None
+        return cls(batch.document_starts, batch.positions)
 
     @cached_property
     def positions(self) -> torch.Tensor:
-        """Place of each token in its document, [s, b]."""
-        return (torch.arange(self.starts.size(1), device=self.starts.device) - self.starts).T
+        """Of each token for the rotary angles, [s, b]."""
+        if self.given_positions is not None:
+            return self.given_positions.T
+        return (self._place - self._starts).T
 
     @cached_property
     def mask(self) -> torch.Tensor:
         """True where query i may see key j, [b, 1, s, s]: from its document's start up to itself."""
-        place = torch.arange(self.starts.size(1), device=self.starts.device)
-        seen = (place >= self.starts.unsqueeze(-1)) & (place <= place.unsqueeze(-1))
+        place = self._place
+        seen = (place >= self._starts.unsqueeze(-1)) & (place <= place.unsqueeze(-1))
         return seen.unsqueeze(1)
 
     @cached_property
@@ -39,7 +52,7 @@ class Documents:
         """The same as FlexAttention's BlockMask: blocks that nothing sees are skipped."""
         from torch.nn.attention.flex_attention import create_block_mask  # slow to import
 
-        starts, (batch, length) = self.starts, self.starts.shape
+        starts, (batch, length) = self._starts, self._starts.shape
 
         def may_see(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
             return (j <= i) & (j >= starts[b, i])
@@ -58,6 +71,15 @@ class Documents:
         attention = _flex_attention(compiled=query.is_cuda)
         grouped = query.size(1) != key.size(1)
         return attention(query, key, value, block_mask=self.block_mask, enable_gqa=grouped)
+
+    @property
+    def _starts(self) -> torch.Tensor:
+        assert self.starts is not None
+        return self.starts
+
+    @property
+    def _place(self) -> torch.Tensor:
+        return torch.arange(self._starts.size(1), device=self._starts.device)
 
 
 @cache

@@ -6,10 +6,11 @@ In float64: both sides sum the same numbers in another order, so 1e-10 is ample 
 import pytest
 import torch
 
+from megalite.batch import Batch
 from megalite.config.model import ModelConfig
-from megalite.model.documents import Documents
-from megalite.model.layout import StageLayout
 from megalite.model.llama import LlamaStage
+from megalite.model.spans import AttentionSpans
+from megalite.parallel.plan import LayerPlan
 
 CONFIG = ModelConfig(
     vocab_size=50,
@@ -37,20 +38,27 @@ def packed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def stage(recompute: str = "none") -> LlamaStage:
-    return LlamaStage(CONFIG, StageLayout(recompute=recompute), seed=1, dtype=torch.float64)
+    return LlamaStage(CONFIG, LayerPlan(dtype=torch.float64), seed=1, recompute=recompute)
+
+
+def mean_loss(
+    stage: LlamaStage, ids: torch.Tensor, labels: torch.Tensor, **parts: torch.Tensor
+) -> torch.Tensor:
+    batch = Batch(ids, labels, **parts)
+    return stage(None, batch) / batch.loss_count()
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_packed_documents_equal_documents_apart(recompute):
     ids, labels, starts = packed()
     together, apart = stage(recompute), stage()
-    loss = together(ids, labels, starts)
+    loss = mean_loss(together, ids, labels, document_starts=starts)
     loss.backward()
     total = torch.zeros((), dtype=torch.float64)
     for sample, lengths in enumerate(LENGTHS):
         pieces = zip(ids[sample].split(lengths), labels[sample].split(lengths), strict=True)
         for piece_ids, piece_labels in pieces:
-            total = total + apart(piece_ids[None], piece_labels[None]) * len(piece_ids)
+            total = total + apart(None, Batch(piece_ids[None], piece_labels[None]))
     expected = total / ids.numel()
     expected.backward()
     torch.testing.assert_close(loss, expected, **CLOSE)
@@ -60,30 +68,41 @@ def test_packed_documents_equal_documents_apart(recompute):
 
 def test_without_the_mask_the_loss_is_another():
     ids, labels, starts = packed()
-    assert abs(stage()(ids, labels) - stage()(ids, labels, starts)) > 1e-6
+    masked = mean_loss(stage(), ids, labels, document_starts=starts)
+    assert abs(mean_loss(stage(), ids, labels) - masked) > 1e-6
 
 
-def test_one_document_a_sample_is_plain_causal_attention():
+def test_one_document_per_sample_is_plain_causal_attention():
     ids, labels, _ = packed()
-    one = stage()(ids, labels, torch.zeros_like(ids))
-    torch.testing.assert_close(one, stage()(ids, labels), **CLOSE)
+    one = mean_loss(stage(), ids, labels, document_starts=torch.zeros_like(ids))
+    torch.testing.assert_close(one, mean_loss(stage(), ids, labels), **CLOSE)
+
+
+def test_given_positions_turn_the_rotary_angles():
+    """All moved alike change nothing, since angles are relative; stretched ones do."""
+    ids, labels, _ = packed()
+    place = torch.arange(16).expand(2, 16)
+    plain = mean_loss(stage(), ids, labels)
+    moved = mean_loss(stage(), ids, labels, positions=place + 100)
+    torch.testing.assert_close(moved, plain, rtol=1e-5, atol=0)  # the angles are fp32
+    assert abs(mean_loss(stage(), ids, labels, positions=2 * place) - plain) > 1e-4
 
 
 def test_positions_restart_at_each_document():
-    documents = Documents(torch.stack([starts_of(lengths) for lengths in LENGTHS]))
+    spans = AttentionSpans(torch.stack([starts_of(lengths) for lengths in LENGTHS]))
     expected = [[0, 1, 2, 3, 4, 0, *range(10)], [*range(16)]]
-    assert documents.positions.T.tolist() == expected
+    assert spans.positions.T.tolist() == expected
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
 def test_block_attention_equals_the_mask():
     """FlexAttention serves GPUs; what it computes is checked here, uncompiled."""
-    documents = Documents(torch.stack([starts_of(lengths) for lengths in LENGTHS]))
+    spans = AttentionSpans(torch.stack([starts_of(lengths) for lengths in LENGTHS]))
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, 4, 16, 8, generator=generator, dtype=torch.float64)
     key, value = torch.randn(2, 2, 2, 16, 8, generator=generator, dtype=torch.float64)
-    by_mask = documents.attend(query, key, value)
-    torch.testing.assert_close(documents.attend_in_blocks(query, key, value), by_mask)
+    by_mask = spans.attend(query, key, value)
+    torch.testing.assert_close(spans.attend_in_blocks(query, key, value), by_mask)
     crossing = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, enable_gqa=True
     )

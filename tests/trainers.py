@@ -1,15 +1,16 @@
-"""Tiny replicas for tests: a model for up to four stages and four tensor-parallel ranks, and its data."""
+"""Tiny trainers for tests: a model for up to four stages and four tensor-parallel ranks, and its data."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from megalite.batch import IGNORED, Batch
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.model import ModelConfig
 from megalite.config.run import DataConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megalite.parallel.context import ParallelContext
-from megalite.training.replica import Replica, build_context
+from megalite.training.trainer import StageTrainer, build_context
 
 SEED, SEQ_LENGTH, BATCH, MICRO_BATCH, CLIP = 7, 16, 8, 2, 0.5
 MODEL = ModelConfig(
@@ -22,7 +23,8 @@ MODEL = ModelConfig(
     initializer_range=0.08,
 )
 TIED = MODEL.model_copy(update={"tie_word_embeddings": True})
-ADAM = OptimizerConfig(learning_rate=3e-3)
+# Not the defaults, so that a default in the place of a setting shows; the references state them again.
+ADAM = OptimizerConfig(learning_rate=3e-3, beta1=0.8, beta2=0.93, epsilon=1e-7, weight_decay=0.3)
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Case:
     gathering: str = "step"
     precision: str = "fp32"
     documents: bool = False
+    uneven: bool = False  # labels that do not count, and weights, unlike in every micro batch
 
     def __str__(self) -> str:
         changed = [f"{name}={value}" for name, value in vars(self).items() if value != getattr(Case, name)]
@@ -64,52 +67,51 @@ def run_config(case: Case, optimizer: OptimizerConfig = ADAM, **sections: Any) -
         recompute=case.recompute,
     )
     data = DataConfig(seq_length=SEQ_LENGTH)
-    return RunConfig(
-        model=case.model, parallel=parallel, data=data, optimizer=optimizer, seed=SEED, **sections
-    )
+    facts = {"model": case.model, "parallel": parallel, "data": data, "optimizer": optimizer, "seed": SEED}
+    return RunConfig(**facts | sections)
 
 
 def deepspeed_config(case: Case, **zero_options: Any) -> DeepSpeedConfig:
-    raw: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "train_batch_size": BATCH,
         "train_micro_batch_size_per_gpu": MICRO_BATCH,
         "gradient_clipping": CLIP,
-        "zero_optimization": {"stage": case.zero, **zero_options},
     }
+    raw = facts | {"zero_optimization": {"stage": case.zero, **zero_options}}
     if case.precision == "bf16":
         raw |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     return DeepSpeedConfig(
-        train_batch_size=BATCH,
-        train_micro_batch_size_per_gpu=MICRO_BATCH,
-        gradient_clipping=CLIP,
-        zero_stage=case.zero,
-        precision=case.precision,
-        grad_accum_dtype="fp32",
-        raw=raw,
+        **facts, zero_stage=case.zero, precision=case.precision, grad_accum_dtype="fp32", raw=raw
     )
 
 
-def build_replica(rank: int, case: Case, optimizer: OptimizerConfig = ADAM, **zero_options: Any) -> Replica:
-    run = run_config(case, optimizer)
+def build_trainer(
+    rank: int, case: Case, optimizer: OptimizerConfig = ADAM, seed: int = SEED, **zero_options: Any
+) -> StageTrainer:
+    run = run_config(case, optimizer, seed=seed)
     context = build_context(run, rank, case.world_size, torch.device("cpu"))
-    return Replica(run, deepspeed_config(case, **zero_options), context)
+    return StageTrainer(run, deepspeed_config(case, **zero_options), context)
 
 
-def global_batch(step: int, documents: bool = False) -> tuple[torch.Tensor, ...]:
-    """Ids [BATCH, s], labels, and with `documents` where each token's document starts; on every rank."""
+def global_batch(step: int, *, documents: bool = False, uneven: bool = False) -> Batch:
+    """The samples of a step [BATCH, s], the same on every rank."""
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(MODEL.vocab_size, (BATCH, SEQ_LENGTH + 1), generator=generator)
-    batch = (tokens[:, :-1], tokens[:, 1:])
-    if not documents:
-        return batch
-    border = torch.randint(1, SEQ_LENGTH, (BATCH, 1), generator=generator)
-    place = torch.arange(SEQ_LENGTH)
-    return *batch, torch.where(place >= border, border, 0)
+    starts = weights = None
+    labels = tokens[:, 1:]
+    if documents:
+        border = torch.randint(1, SEQ_LENGTH, (BATCH, 1), generator=generator)
+        starts = torch.where(torch.arange(SEQ_LENGTH) >= border, border, 0)
+    if uneven:
+        counted = torch.arange(SEQ_LENGTH) < 1 + 2 * torch.arange(BATCH).unsqueeze(1)  # 1, 3, 5, ... labels
+        labels = labels.where(counted, IGNORED)
+        weights = torch.rand(BATCH, SEQ_LENGTH, generator=generator)
+    return Batch(tokens[:, :-1], labels, weights, document_starts=starts)
 
 
-def micro_batches(
-    step: int, context: ParallelContext, documents: bool = False
-) -> list[tuple[torch.Tensor, ...]]:
+def micro_batches(step: int, context: ParallelContext, case: Case | None = None) -> list[Batch]:
     """This rank's part of a global batch."""
-    parts = (x.chunk(context.dp_size)[context.dp_rank] for x in global_batch(step, documents))
-    return list(zip(*(part.split(MICRO_BATCH) for part in parts), strict=True))
+    documents, uneven = (case.documents, case.uneven) if case else (False, False)
+    dp = context["dp"]
+    mine = global_batch(step, documents=documents, uneven=uneven).split(dp.size)[dp.rank]
+    return mine.split(BATCH // dp.size // MICRO_BATCH)

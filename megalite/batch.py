@@ -1,0 +1,51 @@
+"""What a step is made of: token ids, what is to be predicted, and what each token may see."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+
+IGNORED = -100  # the label of a token that has no part in the loss, as in torch and transformers
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples of one length, each field [b, s], or None where the rank needs it not.
+
+    A loader makes it, the pipeline passes it on unopened, a stage takes what it needs.
+
+    Attributes:
+        input_ids: i64; needed where the embedding is.
+        labels: i64, the next tokens; needed where the loss is. IGNORED has no part in the loss.
+        loss_weights: fp32, how much each label counts; None counts each once.
+        positions: i64, of each token for the rotary angles; None stands for 0, 1, 2, ..., or for the place
+            in its document where documents are given.
+        document_starts: i64, where in the sample each token's document starts: attention stays within it.
+    """
+
+    input_ids: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    loss_weights: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+    document_starts: torch.Tensor | None = None
+
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """The batch with a function applied to each field that is there."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Batch(**{name: None if x is None else function(x) for name, x in parts.items()})
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        return self.map(lambda x: x.to(device, non_blocking=True))
+
+    def split(self, num_parts: int) -> list["Batch"]:
+        """Micro batches: as many equal runs of samples."""
+        return [self.map(lambda x, i=i: x.chunk(num_parts)[i]) for i in range(num_parts)]  # type: ignore[misc]
+
+    def loss_count(self) -> torch.Tensor:
+        """What the loss sum is to be divided by: the labels that count, each by its weight; fp64 scalar."""
+        assert self.labels is not None
+        counts = self.labels != IGNORED
+        if self.loss_weights is None:
+            return counts.sum(dtype=torch.float64)
+        return (counts * self.loss_weights).sum(dtype=torch.float64)

@@ -1,0 +1,151 @@
+"""One rank's part of a model in training: its stage, its engine, and the runner that drives them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+
+import torch
+import torch.distributed as dist
+
+from megalite.batch import Batch
+from megalite.config.deepspeed import DeepSpeedConfig
+from megalite.config.run import RunConfig
+from megalite.error import UserError
+from megalite.model.attention import kv_copies
+from megalite.model.llama import LlamaStage
+from megalite.model.share import StageShare
+from megalite.optimizer.recipes import build_recipe
+from megalite.parallel.context import ParallelContext
+from megalite.parallel.plan import LayerPlan
+from megalite.parallel.topology import DATA_AXES, Topology
+from megalite.pipeline.p2p import Peers
+from megalite.pipeline.partition import layers_of_stage
+from megalite.pipeline.runner import PipelineRunner
+from megalite.pipeline.schedule import build_schedule, forward_only
+from megalite.training.engine import StageEngine
+
+
+class DivergedError(UserError):
+    """A loss or a gradient that is no number."""
+
+
+@dataclass(frozen=True)
+class LossSum:
+    """A sum of losses in nats, and what it is to be divided by; over any number of batches and ranks."""
+
+    total: float = 0.0
+    count: float = 0.0
+
+    def __add__(self, other: "LossSum") -> "LossSum":
+        return LossSum(self.total + other.total, self.count + other.count)
+
+    @property
+    def mean(self) -> float:
+        """Nats per label that counts; not a number where none does."""
+        return self.total / self.count if self.count else float("nan")
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an optimizer step gave, the same on every rank: mean loss in nats, gradient norm unclipped."""
+
+    loss: float
+    grad_norm: float
+
+
+def build_context(run: RunConfig, rank: int, world_size: int, device: torch.device) -> ParallelContext:
+    """The process groups of a run; collective."""
+    tp_size, pp_size = run.parallel.tp_size, run.parallel.pp_size
+    copies = kv_copies(run.model.num_key_value_heads, tp_size)
+    topology = Topology(world_size, tp_size=tp_size, pp_size=pp_size, kv_copy_size=copies)
+    return ParallelContext.build(topology, rank, device)
+
+
+class StageTrainer:
+    """Trains and evaluates on batches; every rank calls the same methods at the same time.
+
+    The mean over labels is taken here alone: each stage with a head gives a sum, whose gradient is one over
+    the count of the whole global batch, over micro batches and all ranks that see other data.
+    """
+
+    def __init__(self, run: RunConfig, deepspeed: DeepSpeedConfig, context: ParallelContext) -> None:
+        self.context = context
+        parallel, stages = run.parallel, context["pp"]
+        num_micro_batches = deepspeed.num_micro_batches(context["dp"].size)
+        sequence_parallel = parallel.sequence_parallel and context["tp"].size > 1
+        plan = LayerPlan(context, sequence_parallel)
+        self.share = share_of_stage(run, context)
+        self.engine = StageEngine(
+            lambda: [LlamaStage(run.model, plan, self.share, seed=run.seed, recompute=parallel.recompute)],
+            build_recipe(run.optimizer),
+            deepspeed,
+            context,
+            num_micro_batches=num_micro_batches,
+            parameter_gathering=parallel.parameter_gathering,
+        )
+        local_length = run.data.seq_length // (context["tp"].size if sequence_parallel else 1)
+        shape = (local_length, deepspeed.train_micro_batch_size_per_gpu, run.model.hidden_size)
+        peers = Peers(stages.group, shape, self.engine.dtype, context.device)
+        self.runner = PipelineRunner(self.engine, peers, loss_chunk=0 if self.share.has_head else None)
+        place = (stages.rank, stages.size, num_micro_batches)
+        self._training = build_schedule(parallel.pipeline_schedule, *place)
+        self._evaluation = forward_only(*place)
+
+    def train_step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        """Take one optimizer step on a global batch, of which this rank is given its part."""
+        batches = [batch.to(self.context.device) for batch in micro_batches]
+        self.engine.begin_step()
+        losses = self.runner.train(self._training, batches, self._loss_gradient(batches))
+        grad_norm = self.engine.step(learning_rate)
+        return StepResult(self._summed(losses, batches).mean, grad_norm)
+
+    def evaluate(self, micro_batches: Sequence[Batch]) -> LossSum:
+        """The losses of a global batch; nothing is learnt."""
+        batches = [batch.to(self.context.device) for batch in micro_batches]
+        self.engine.train(False)
+        self.engine.begin_pass()
+        losses = self.runner.evaluate(self._evaluation, batches)
+        self.engine.train(True)
+        return self._summed(losses, batches)
+
+    def _loss_gradient(self, batches: Sequence[Batch]) -> torch.Tensor:
+        """The gradient of each loss sum: one over the global count, times what DeepSpeed divides by.
+
+        It averages gradients over data-parallel ranks, and multiplies fp16's loss scale in, which the engine
+        takes out of every backward: on this one it is wanted.
+        """
+        if not self.share.has_head:
+            return torch.zeros(())
+        data = self.context[DATA_AXES]
+        count = _count(batches)
+        if data.size > 1:
+            dist.all_reduce(count, group=data.group)
+        return (data.size * self.engine.loss_scale / count).to(torch.float32)
+
+    def _summed(self, losses: torch.Tensor | None, batches: Sequence[Batch]) -> LossSum:
+        """The sums of all ranks that have a head and other data, on every rank of the world."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)
+        if losses is not None and self.context["tp"].rank == 0:
+            sums = torch.stack([losses.to(torch.float64), _count(batches)])
+        dist.all_reduce(sums)
+        return LossSum(*sums.tolist())
+
+
+def share_of_stage(run: RunConfig, context: ParallelContext) -> StageShare:
+    """What this rank's stage holds of the model."""
+    stages = context["pp"]
+    layers = layers_of_stage(run.model.num_hidden_layers, stages.size, stages.rank)
+    return StageShare(layers, stages.rank == 0, stages.rank == stages.size - 1)
+
+
+def _count(batches: Sequence[Batch]) -> torch.Tensor:
+    return torch.stack([batch.loss_count() for batch in batches]).sum()
+
+
+def require_finite(result: StepResult, step: int, precision: str) -> None:
+    """Raise DivergedError on a loss or norm that is not a number; fp16 may skip a step by itself."""
+    if not isfinite(result.loss) or (not isfinite(result.grad_norm) and precision != "fp16"):
+        raise DivergedError(
+            f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}: lower "
+            "optimizer.learning_rate or lengthen schedule.warmup_steps, and start from an older checkpoint"
+        )
