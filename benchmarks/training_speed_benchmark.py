@@ -14,7 +14,7 @@ import torch.distributed as dist
 from benchmarks.measurement import Measurement, in_fresh_process, median_seconds
 from megalite.batch import Batch
 from megalite.checkpoint.hf import hf_config
-from megalite.config.deepspeed import DeepSpeedConfig
+from megalite.config.deepspeed import deepspeed_config_from
 from megalite.config.run import RunConfig
 from megalite.parallel.shard import spec_of
 from megalite.training.environment import Environment, choose_cpu_accelerator
@@ -62,8 +62,7 @@ def _build_steps() -> dict[str, Callable[[], float]]:
         "gradient_clipping": CLIP,
         "zero_optimization": {"stage": 1},
     }
-    facts = {name: value for name, value in raw.items() if name != "zero_optimization"}
-    deepspeed = DeepSpeedConfig.model_validate(facts | {"zero_stage": 1, "raw": raw})
+    deepspeed = deepspeed_config_from(raw, "the benchmark")
     trainer = StageTrainer(RUN, deepspeed, build_context(RUN, 0, 1, torch.device("cpu")))
     tokens = torch.randint(RUN.model.vocab_size, (BATCH, RUN.data.seq_length + 1))
     batches = Batch(tokens[:, :-1], tokens[:, 1:].contiguous()).split(BATCH // MICRO_BATCH)

@@ -14,7 +14,8 @@ import time
 import warnings
 
 from megalite.config.deepspeed import load_deepspeed
-from megalite.config.load import load_run
+from megalite.config.load import ConfigError, load_run
+from megalite.config.run import RunConfig
 from megalite.data.error import DataError
 from megalite.error import run_command
 from megalite.training.samples import build_samples, open_cache
@@ -27,15 +28,32 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--deepspeed_config", required=True, metavar="JSON", help="states the batch size of the run")
     add("--config", nargs="?", metavar="YAML", help="the run (default: a small one, built in)")
+    ranks = "processes of the run, where the JSON leaves a batch size to be derived from their number"
+    add("--num_ranks", type=int, metavar="N", help=ranks)
     add("overrides", nargs="*", metavar="section.key=value", help="changes to the run: data.train=PREFIX")
     return parser
+
+
+def replicas(run: RunConfig, num_ranks: int | None) -> int | None:
+    """Data-parallel ranks among so many processes. ConfigError when the layout does not fit them."""
+    if num_ranks is None:
+        return None
+    if num_ranks < 1:
+        raise ConfigError(f"--num_ranks is {num_ranks}: expected a number of at least 1")
+    run.check_world(num_ranks)
+    return num_ranks // (run.parallel.tp_size * run.parallel.pp_size)
 
 
 def build(arguments: argparse.Namespace) -> None:
     """Build what is missing, and say what is there; DataError when it cannot be kept."""
     started = time.perf_counter()
     run = load_run(arguments.config, arguments.overrides, arguments.deepspeed_config)
-    deepspeed = load_deepspeed(arguments.deepspeed_config, arguments.config or "the run")
+    deepspeed = load_deepspeed(
+        arguments.deepspeed_config,
+        arguments.config or "the run",
+        dp_size=replicas(run, arguments.num_ranks),
+        hidden_size=run.model.hidden_size,
+    )
     cache = open_cache(run)
     datasets = build_samples(run, deepspeed.train_batch_size, cache, progress=True)
     if cache.num_kept < cache.num_built:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from megalite.config.batch import BatchSizes
 from megalite.config.deepspeed import OWNED_BY_RUN, DeepSpeedConfig
 from megalite.config.load import section_of
 from megalite.config.run import RunConfig
@@ -35,6 +36,27 @@ Any key of the run can be changed on the command line, its value written as in Y
 The resolved run is saved as `config.yaml` in its output folder, and starts the same run again.
 
 This page is written by `python tools/describe_config.py` from the code.
+"""
+
+DERIVED = """\
+A batch is micro batch x accumulation steps x data-parallel ranks. Two of the three sizes give the third; all
+three must agree; `train_batch_size` or `train_micro_batch_size_per_gpu` alone means one micro batch a step.
+That is how DeepSpeed derives them.
+
+`"auto"`, as Hugging Face's users write it, is taken where something decides the value:
+
+| DeepSpeed JSON | `"auto"` means |
+|---|---|
+| the three batch sizes | left out: it follows from the others |
+| `gradient_clipping` | 1.0, as where it is left out |
+| `zero_optimization.reduce_bucket_size` | hidden_size x hidden_size, in elements |
+| `zero_optimization.stage3_prefetch_bucket_size` | 0.9 x hidden_size x hidden_size, in elements |
+| `zero_optimization.stage3_param_persistence_threshold` | 10 x hidden_size, in elements |
+| `data_types.keep_in_fp32_modules` | left out: DeepSpeed's own default |
+
+Anywhere else, `bf16.enabled` and `zero_optimization.stage` included, nothing decides it, and it is refused in
+one line. The run's folder and its checkpoints keep a `deepspeed.json` with the numbers.
+
 """
 
 
@@ -72,19 +94,24 @@ def _section(key: str, section: type[Section]) -> str:
 
 
 def _deepspeed() -> str:
-    names = [name for name in DeepSpeedConfig.model_fields if name not in ("precision", "raw")]
+    batch = list(BatchSizes.model_fields)
+    names = [name for name in DeepSpeedConfig.model_fields if name not in ("precision", "raw", *batch)]
     refused = "\n".join(f"| `{key}` | `{owner}` |" for key, owner in OWNED_BY_RUN.items())
     return (
-        f"megalite reads these keys, and hands the whole to DeepSpeed:\n\n{_table(DeepSpeedConfig, names)}"
+        f"megalite reads these keys, and hands the whole to DeepSpeed:\n\n{_table(BatchSizes, batch)}"
+        f"{_rows(DeepSpeedConfig, names)}\n"
         "| `bf16.enabled`, `fp16.enabled` | true or false | `false` | Number format of the weights in "
-        "forward and backward; neither means fp32. Not with ZeRO stage 0. |\n\n"
+        f"forward and backward; neither means fp32. Not with ZeRO stage 0. |\n\n{DERIVED}"
         f"These are refused, because the run states them:\n\n| DeepSpeed JSON | run |\n|---|---|\n{refused}\n"
     )
 
 
 def _table(section: type[Section], names: list[str]) -> str:
-    rows = [_row(name, section.model_fields[name]) for name in names]
-    return "\n".join(["| key | value | default | meaning |", "|---|---|---|---|", *rows]) + "\n"
+    return f"| key | value | default | meaning |\n|---|---|---|---|\n{_rows(section, names)}\n"
+
+
+def _rows(section: type[Section], names: list[str]) -> str:
+    return "\n".join(_row(name, section.model_fields[name]) for name in names)
 
 
 def _row(name: str, field: FieldInfo) -> str:

@@ -1,5 +1,6 @@
 """What megalite reads of a DeepSpeed JSON, which owns batch sizes, precision, ZeRO and gradient clipping."""
 
+import copy
 import difflib
 import json
 from pathlib import Path
@@ -7,7 +8,8 @@ from typing import Any, Literal, Self
 
 from pydantic import AliasPath, ConfigDict, Field, ValidationError, model_validator
 
-from megalite.config.section import ConfigError, NonNegativeFloat, PositiveInt, Section, explain
+from megalite.config.batch import BatchSizes
+from megalite.config.section import ConfigError, NonNegativeFloat, PositiveInt, explain
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -49,29 +51,24 @@ OWNED_BY_RUN = {
 }
 
 
+AUTO = "auto"  # what Hugging Face's users write where something else decides
+KEEP_IN_FP32 = "data_types.keep_in_fp32_modules"
+DEFAULT_CLIPPING = 1.0  # DeepSpeed's, and what Hugging Face's trainer puts in place of "auto"
+
 _FORMATS = ("bf16", "fp16")
 _OBJECTS = ("zero_optimization", "data_types", *_FORMATS)
-_READ = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    *_OBJECTS,
-)
+_READ = (*BatchSizes.model_fields, "gradient_clipping", *_OBJECTS)
 
 
-class DeepSpeedConfig(Section):
+class DeepSpeedConfig(BatchSizes):
     """The facts of a DeepSpeed JSON that megalite acts on; `raw` is the whole, for DeepSpeed itself."""
 
     model_config = ConfigDict(populate_by_name=True)
 
-    train_batch_size: PositiveInt = Field(description="Samples in one optimizer step, over all ranks.")
-    train_micro_batch_size_per_gpu: PositiveInt = Field(description="Samples in one forward of one replica.")
-    gradient_accumulation_steps: PositiveInt | None = Field(
-        None, description="Micro batches in one optimizer step of one replica; null means derived."
-    )
+    train_batch_size: PositiveInt  # these two are known by now
+    train_micro_batch_size_per_gpu: PositiveInt
     gradient_clipping: NonNegativeFloat = Field(
-        description="Largest global gradient norm; 0 means no clipping."
+        DEFAULT_CLIPPING, description="Largest global gradient norm; 0 means no clipping."
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(
         0, validation_alias=AliasPath("zero_optimization", "stage"), description="Stage of ZeRO."
@@ -116,23 +113,96 @@ class DeepSpeedConfig(Section):
         return steps
 
 
-def load_deepspeed(path: str, run_path: str = "the run's YAML") -> DeepSpeedConfig:
-    """Read the DeepSpeed JSON at `path`; `run_path` is only named in messages.
+def load_deepspeed(
+    path: str,
+    run_path: str = "the run's YAML",
+    *,
+    dp_size: int | None = None,
+    hidden_size: int | None = None,
+) -> DeepSpeedConfig:
+    """Read the DeepSpeed JSON at `path`, as deepspeed_config_from does.
 
-    Raises ConfigError, in one line, for a file that is not there or not JSON, a missing or wrong value, or a
-    fact that the run's YAML owns.
+    Raises ConfigError, in one line, for a file that is not there or not JSON as well.
     """
-    raw = _read_json(path)
-    _check_owners(raw, path, run_path)
-    _check_spelling(raw, path)
+    return deepspeed_config_from(_read_json(path), path, run_path, dp_size=dp_size, hidden_size=hidden_size)
+
+
+def deepspeed_config_from(
+    raw: dict[str, Any],
+    where: str,
+    run_path: str = "the run's YAML",
+    *,
+    dp_size: int | None = None,
+    hidden_size: int | None = None,
+) -> DeepSpeedConfig:
+    """What a DeepSpeed JSON says, with a number for each "auto" and each batch size that is left out.
+
+    where, run_path: only named in messages. dp_size: replicas, for batch sizes that follow from their number.
+    hidden_size: the model's, in features, for bucket sizes that are "auto". Raises ConfigError, in one line,
+    for a missing or wrong value, or a fact that the run's YAML owns.
+    """
+    _check_owners(raw, where, run_path)
+    _check_spelling(raw, where)
     for name in _OBJECTS:
         if not isinstance(raw.get(name, {}), dict):
-            raise ConfigError(f"{name} is {json.dumps(raw[name])}: expected an object in braces (in {path})")
-    facts = {name: raw[name] for name in _READ if name in raw and name not in _FORMATS}
+            raise ConfigError(f"{name} is {json.dumps(raw[name])}: expected an object in braces (in {where})")
+    precision = _precision(raw, where)
     try:
-        return DeepSpeedConfig.model_validate({**facts, "precision": _precision(raw, path), "raw": raw})
+        filled = _filled_in(raw, where, dp_size, hidden_size)
+        facts = {name: filled[name] for name in _READ if _is_stated(filled, name)}
+        config = DeepSpeedConfig.model_validate({**facts, "precision": precision, "raw": filled})
     except ValidationError as error:
-        raise ConfigError(explain(error, default=f"in {path}")) from None
+        raise ConfigError(explain(error, default=f"in {where}")) from None
+    _check_decided(config.raw, where)
+    if dp_size is not None:
+        config.num_micro_batches(dp_size)  # raises when they do not fit
+    return config
+
+
+def _is_stated(raw: dict[str, Any], name: str) -> bool:
+    """Whether a key is there, and in it the only fact that megalite reads of an object."""
+    facts = {"zero_optimization": "stage", "data_types": "grad_accum_dtype"}
+    return name in raw and name not in _FORMATS and (name not in facts or facts[name] in raw[name])
+
+
+def _filled_in(
+    raw: dict[str, Any], where: str, dp_size: int | None, hidden_size: int | None
+) -> dict[str, Any]:
+    """The JSON with what is left out or "auto" decided, where megalite can decide it."""
+    stated = {name: raw[name] for name in BatchSizes.model_fields if raw.get(name) not in (None, AUTO)}
+    batch, micro = BatchSizes.model_validate(stated).derived(dp_size, where)
+    sizes = stated | {"train_batch_size": batch, "train_micro_batch_size_per_gpu": micro}
+    rest = {name: value for name, value in raw.items() if name not in BatchSizes.model_fields}
+    filled = sizes | copy.deepcopy(rest)
+    if filled.get("gradient_clipping", AUTO) == AUTO:
+        filled["gradient_clipping"] = DEFAULT_CLIPPING
+    if hidden_size is not None:
+        zero = filled.get("zero_optimization", {})
+        zero |= {name: size for name, size in auto_buckets(hidden_size).items() if zero.get(name) == AUTO}
+    if _lookup(filled, KEEP_IN_FP32) == AUTO:  # DeepSpeed's own default, by that word
+        del filled["data_types"]["keep_in_fp32_modules"]
+    return filled
+
+
+def auto_buckets(hidden_size: int) -> dict[str, int]:
+    """What "auto" stands for in `zero_optimization`, in elements, as Hugging Face's trainer sets it."""
+    return {
+        "reduce_bucket_size": hidden_size * hidden_size,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+
+
+def _check_decided(value: Any, where: str, key: str = "") -> None:
+    """Raise ConfigError for an "auto" that is left: DeepSpeed would silently take a default, or fail."""
+    if value == AUTO:
+        raise ConfigError(
+            f'{key} is "{AUTO}" in {where}: nothing else decides it, write a value or remove the key'
+        )
+    if isinstance(value, list):
+        value = {str(index): item for index, item in enumerate(value)}
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        _check_decided(inner, where, f"{key}.{name}" if key else name)
 
 
 def _check_owners(raw: dict[str, Any], path: str, run_path: str) -> None:
@@ -185,7 +255,10 @@ def _precision(raw: dict[str, Any], path: str) -> str:
     enabled = {name: _lookup(raw, f"{name}.enabled") or False for name in _FORMATS}
     for name, value in enabled.items():
         if not isinstance(value, bool):
-            raise ConfigError(f"{name}.enabled is {json.dumps(value)}: expected true or false (in {path})")
+            auto = ", as nothing else decides the precision" if value == AUTO else ""
+            raise ConfigError(
+                f"{name}.enabled is {json.dumps(value)}: expected true or false{auto} (in {path})"
+            )
     if all(enabled.values()):
         raise ConfigError(f"bf16 and fp16 are both enabled in {path}: keep one")
     return next((name for name in _FORMATS if enabled[name]), "fp32")

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megalite.batch import Batch
+from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.model.llama import LlamaStage
 from megalite.model.share import StageShare
 from megalite.optimizer.recipes import build_recipe
@@ -68,7 +69,7 @@ def train_in_chunks(rank: int, case: Case, with_clearing: bool) -> list[tuple[fl
     engine = StageEngine(
         lambda: [LlamaStage(MODEL, LayerPlan(context), share, seed=SEED) for share in shares],
         build_recipe(ADAM),
-        deepspeed_config(case),
+        twice_the_batch(case),
         context,
         num_micro_batches=4,
         parameter_gathering=case.gathering,
@@ -86,6 +87,12 @@ def train_in_chunks(rank: int, case: Case, with_clearing: bool) -> list[tuple[fl
         norm = engine.step(3e-3 * (1 + step % 3))
         results.append((float(losses) / count if losses is not None else 0.0, norm))
     return results
+
+
+def twice_the_batch(case: Case) -> DeepSpeedConfig:
+    config = deepspeed_config(case)
+    facts = {"train_batch_size": 2 * config.train_batch_size}
+    return config.model_copy(update=facts | {"raw": config.raw | facts})
 
 
 def double_batch(step: int) -> Batch:

@@ -56,6 +56,26 @@ def test_a_users_mistake_is_one_line(arguments, capsys, change, message):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_batch_size_may_follow_from_the_number_of_ranks(arguments, tmp_path, capsys):
+    """2 samples of each of 4 replicas, on 8 ranks of 2 stages: as a run of 8 samples a step."""
+    config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    assert main(arguments) == 2
+    assert f"not known before the launch: state it in {tmp_path}/ds.json" in capsys.readouterr().err
+    assert main([*arguments, "--num_ranks", "8", "parallel.pp_size=2"]) == 0
+    assert "train: 160 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "message"),
+    [("0", "--num_ranks is 0"), ("3", "3 processes cannot be divided into tp_size 2")],
+)
+def test_ranks_that_the_layout_does_not_fit_are_one_line(arguments, capsys, num_ranks, message):
+    assert main([*arguments, "--num_ranks", num_ranks, "parallel.tp_size=2"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
 def test_help_says_what_to_do(capsys):
     with pytest.raises(SystemExit) as left:
         main(["--help"])
