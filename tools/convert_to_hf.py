@@ -37,36 +37,20 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        help="RUN_DIR/checkpoints (the newest valid one), or a step-N in it",
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, help="folder to write; must not exist, or be empty"
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max-shard-size",
-        type=parse_bytes,
-        default="5GB",
-        help="largest file: 500MB, 5GB, 2GiB (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--tokenizer",
-        help="folder, file, 'bytes', or 'none' for no tokenizer (default: the run's data.tokenizer)",
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="read back, and compare all weights and some logits with the checkpoint",
-    )
+    """The command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=formatter)
+    add = parser.add_argument
+    where = "RUN_DIR/checkpoints (the newest valid one), or a step-N in it"
+    add("--checkpoint", type=Path, required=True, help=where)
+    add("--output", type=Path, required=True, help="folder to write; must not exist, or be empty")
+    add("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: %(default)s)")
+    size = "largest file: 500MB, 5GB, 2GiB (default: %(default)s)"
+    add("--max-shard-size", type=parse_bytes, default="5GB", help=size)
+    tokenizer = "folder, file, 'bytes', or 'none' for no tokenizer (default: the run's data.tokenizer)"
+    add("--tokenizer", help=tokenizer)
+    proof = "read back, and compare all weights and some logits with the checkpoint"
+    add("--verify", action="store_true", help=proof)
     return parser
 
 

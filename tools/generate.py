@@ -37,33 +37,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        required=True,
-        help="RUN_DIR/checkpoints (the newest valid one), or a step-N in it",
-    )
-    parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument(
-        "--max-new-tokens", type=positive(int), default=64, help="most tokens to add (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--temperature",
-        type=positive(float, zero=True),
-        default=0.8,
-        help="0 takes the likeliest token each time, 1 draws as the model says (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=1234, help="of the draws (default: %(default)s)")
-    parser.add_argument("--tokenizer", help="folder, file or 'bytes' (default: the run's data.tokenizer)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="to compute in (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s"
-    )
+    """The command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=formatter)
+    add = parser.add_argument
+    where = "RUN_DIR/checkpoints (the newest valid one), or a step-N in it"
+    add("--checkpoint", type=Path, required=True, help=where)
+    add("--prompt", required=True, help="text to continue")
+    most = "most tokens to add (default: %(default)s)"
+    add("--max-new-tokens", type=positive(int), default=64, help=most)
+    heat = "0 takes the likeliest token each time, 1 draws as the model says (default: %(default)s)"
+    add("--temperature", type=positive(float, zero=True), default=0.8, help=heat)
+    add("--seed", type=int, default=1234, help="of the draws (default: %(default)s)")
+    add("--tokenizer", help="folder, file or 'bytes' (default: the run's data.tokenizer)")
+    add("--dtype", choices=DTYPES, default="float32", help="to compute in (default: %(default)s)")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="default here: %(default)s")
     return parser
 
 
@@ -84,6 +73,7 @@ def positive(kind: type[int] | type[float], zero: bool = False) -> Callable[[str
 
 
 def generate(arguments: argparse.Namespace) -> None:
+    """Read the model and its tokenizer, and print the continuation."""
     checkpoint = require_checkpoint(arguments.checkpoint, lambda line: print(line, file=sys.stderr))
     run = read_config(checkpoint)
     name = arguments.tokenizer or run.data.tokenizer
@@ -96,18 +86,23 @@ def generate(arguments: argparse.Namespace) -> None:
         end = tokenizer.eos_token_id
     model = build_transformers_model(Weights(checkpoint, run.model, arguments.dtype)).to(arguments.device)
     torch.manual_seed(arguments.seed)
-    draw: dict[str, Any] = {"do_sample": False}
-    if arguments.temperature:  # top_k 0: all tokens take part; transformers' default is 50
-        draw = {"do_sample": True, "temperature": arguments.temperature, "top_k": 0}
+    tokens = torch.tensor([prompt], device=arguments.device)
     model.generate(
-        torch.tensor([prompt], device=arguments.device),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=arguments.device),
+        tokens,
+        attention_mask=torch.ones_like(tokens),
         max_new_tokens=arguments.max_new_tokens,
         eos_token_id=end,
         pad_token_id=end,
         streamer=Printer(tokenizer, end),
-        **draw,
+        **draw_options(arguments.temperature),
     )
+
+
+def draw_options(temperature: float) -> dict[str, Any]:
+    """What transformers' `generate` needs to draw; top_k 0: all tokens take part, its default is 50."""
+    if not temperature:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0}
 
 
 def encode_prompt(text: str, tokenizer: Tokenizer, model: ModelConfig, max_new_tokens: int) -> list[int]:

@@ -81,6 +81,7 @@ class Piece:
 
     @property
     def region(self) -> Region:
+        """Where in the full tensor it lies."""
         return Region(tuple(self.box_start), tuple(self.box_shape), self.flat_start, self.tensor.numel())
 
 
@@ -114,10 +115,12 @@ def check_region(region: Region, full_shape: Shape, what: str) -> None:
 
 
 def step_folder(root: Path, step: int) -> Path:
+    """The folder of a step's checkpoint in RUN_DIR/checkpoints."""
     return root / f"step-{step:08d}"
 
 
 def rank_file(rank: int) -> str:
+    """Name of the file with the pieces that a rank owned."""
     return f"rank-{rank:05d}.safetensors"
 
 
@@ -164,10 +167,8 @@ class Manifest(_Record):
     tensors: list[TensorEntry]
 
     def shapes(self, kind: str) -> dict[str, Shape]:
+        """The full shape of every tensor of a kind, by name."""
         return {entry.name: entry.full_shape for entry in self.tensors if entry.kind == kind}
-
-    def tensor_files(self) -> list[str]:
-        return [name for name in self.files if name.endswith(".safetensors")]
 
 
 def format_manifest(manifest: Manifest) -> str:

@@ -13,7 +13,8 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,17 +76,23 @@ def save_checkpoint(
         _publish(aside, folder, manifest)
         _prune(root, step, keep_last)
 
-    try:
+    with _nothing_left_on_error(folder, aside, rank):
         on_all_ranks(gather, lambda: _create(root, aside) if rank == 0 else None)
         shares = gather(on_all_ranks(gather, lambda: _write_pieces(aside, pieces, rank)))
         on_all_ranks(gather, lambda: finish(shares) if rank == 0 else None)
+    return folder
+
+
+@contextmanager
+def _nothing_left_on_error(folder: Path, aside: Path, rank: int) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         if rank == 0:
             shutil.rmtree(aside, ignore_errors=True)
         if not isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{folder.name} was not saved: {error}") from error
-    return folder
 
 
 def _create(root: Path, aside: Path) -> None:
@@ -110,18 +117,17 @@ def _write_pieces(aside: Path, pieces: Sequence[Piece], rank: int) -> _Share:
     if not owned:
         return _Share(None, unwritten)
     aside.mkdir(exist_ok=True)  # a network file system may not show rank 0's folder here yet
-    keys = [f"{piece.kind}/{piece.name}/{i}" for i, piece in enumerate(owned)]
     table = [
-        PieceRow(key, piece.kind, piece.name, piece.full_shape, piece.region)
-        for key, piece in zip(keys, owned, strict=True)
+        PieceRow(f"{p.kind}/{p.name}/{i}", p.kind, p.name, p.full_shape, p.region)
+        for i, p in enumerate(owned)
     ]
-    entries = [_entry(key, piece) for key, piece in zip(keys, owned, strict=True)]
+    entries = [_entry(row, piece) for row, piece in zip(table, owned, strict=True)]
     file = write_tensor_file(aside / rank_file(rank), entries, {"pieces": json.dumps(table)})
     return _Share(file, unwritten)
 
 
-def _entry(key: str, piece: Piece) -> Entry:
-    return Entry(key, (piece.tensor.numel(),), STORED_DTYPE, lambda: piece.tensor)
+def _entry(row: PieceRow, piece: Piece) -> Entry:
+    return Entry(row.key, (row.region.size,), STORED_DTYPE, lambda: piece.tensor)
 
 
 def _write_texts(aside: Path, state: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, FileEntry]:

@@ -81,5 +81,6 @@ def _header(entries: list[Entry], metadata: dict[str, str]) -> bytes:
 
 
 def hash_file(path: Path) -> str:
+    """The sha256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

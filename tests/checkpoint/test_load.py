@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from megalite.checkpoint import load
 from megalite.checkpoint.format import CheckpointError, Piece
@@ -121,6 +122,8 @@ def test_a_weight_that_lives_in_few_bits_alone_survives_exactly_in_any_layout(tm
     checkpoint = save_world(tmp_path, 1, cut_all(tensors, layout(2, 3)))
     stored = read_tensor(checkpoint, "weight", "column")
     assert stored.dtype == torch.float32 and stored.equal(full.float())
+    files = [load_file(path) for path in checkpoint.glob("*.safetensors")]
+    assert {tensor.dtype for file in files for tensor in file.values()} == {torch.float32}
     expected = cut_all(tensors, layout(1, 2))
     ranks = [blank(pieces) for pieces in expected]
     run_world(2, lambda rank, gather: load_pieces(checkpoint, ranks[rank], rank=rank, gather=gather))
