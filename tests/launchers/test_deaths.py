@@ -19,13 +19,15 @@ TIMED = {"step_seconds", "tokens_per_second", "mfu"}
 def kill_in_training(arguments: list[str], folder: Path, victim: int, step: int) -> tuple[Ended, int, float]:
     """Kill a rank once `step` is recorded; the job's end, the rank's process id, and the seconds between."""
     with Job(deepspeed(4, *arguments, f"output_dir={folder}/run"), folder) as job:
+        wait_for(lambda: read_rows(folder / "run"), 240, job)
+        process = job.rank(victim)  # found now: the search takes as long as a step
         wait_for(lambda: [row for row in read_rows(folder / "run") if row["step"] >= step], 240, job)
-        killed = job.kill_rank(victim)
+        process.kill()
         killed_at = time.monotonic()
         end = job.wait(MOST_SECONDS)
         seconds = time.monotonic() - killed_at
-        assert job.processes() == []
-    return end, killed, seconds
+        assert job.leftovers() == []
+    return end, process.pid, seconds
 
 
 def test_a_run_that_is_killed_twice_ends_each_time_and_continues_bit_for_bit(
@@ -72,7 +74,7 @@ def test_a_rank_that_fails_is_named_with_its_reason(tmp_path: Path):
         wait_for(lambda: read_rows(tmp_path / "run"), 240, job)
         spoil_samples_of_rank_1(prefix, seq_length, batch, num_steps)
         end = job.wait(MOST_SECONDS)
-        assert job.processes() == []
+        assert job.leftovers() == []
     assert end.returncode != 0
     (line,) = end.errors
     assert re.match(r"error: rank 1 \(\S+, pid \d+\): vocabulary: .* found token id 999 in sample", line)
