@@ -58,10 +58,10 @@ class Job:
         returncode = self.process.wait(seconds)
         return Ended(returncode, *(log.read_text() for log in self.logs))
 
-    def rank(self, rank: int) -> psutil.Process:
-        """The process of a rank that runs."""
+    def ranks(self, rank: int) -> list[psutil.Process]:
+        """The processes of a rank that run: itself, then those that were forked by it."""
         ranks = [p for p in self.processes() if _environment(p).get("RANK") == str(rank)]
-        return min(ranks, key=lambda process: process.create_time())  # others were forked by it
+        return sorted(ranks, key=lambda process: process.create_time())
 
     def leftovers(self) -> list[psutil.Process]:
         """What still runs of a job that has ended; what was told to end has a moment to do so."""

@@ -60,7 +60,7 @@ def test_tensorboard_shows_the_rows(uninterrupted: Finished):
 
 def test_the_newest_two_checkpoints_are_there_and_whole(uninterrupted: Finished):
     root = uninterrupted.folder / "checkpoints"
-    assert sorted(path.name for path in root.iterdir()) == ["step-00000006", "step-00000008"]
+    assert sorted(path.name for path in root.iterdir()) == ["step-00000007", "step-00000008"]
     newest = find_checkpoint(root)
     assert newest is not None and read_state(newest)["consumed_samples"] == 16 * NUM_STEPS
 
@@ -108,14 +108,33 @@ def test_a_bare_command_trains_in_one_process_on_default_data_in_the_default_fol
     assert data.train == ["runs/default/data/python_stdlib_text_document"] and data.tokenizer == "bytes"
 
 
-def test_torchrun_starts_it_as_well(prefix: str, uninterrupted: Finished, tmp_path: Path):
+HUGGING_FACE = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 8,
+    "gradient_clipping": "auto",
+    "zero_optimization": {
+        "stage": 3,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+    },
+}
+
+
+def test_torchrun_starts_it_as_well_from_a_json_that_says_auto(
+    prefix: str, uninterrupted: Finished, tmp_path: Path
+):
+    (tmp_path / "auto.json").write_text(json.dumps(HUGGING_FACE))
     torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--standalone"]
-    arguments = ["--deepspeed_config", ZERO3, f"data.train={prefix}", "parallel.tp_size=2"]
+    arguments = ["--deepspeed_config", "auto.json", f"data.train={prefix}", "parallel.tp_size=2"]
     with Job([*torchrun, PRETRAIN, *arguments, *SMALL, "output_dir=run"], tmp_path) as job:
         end = job.wait(240)
     assert (end.returncode, end.errors) == (0, [])
     loss, expected = (read_rows(folder)[0]["loss"] for folder in (tmp_path / "run", uninterrupted.folder))
     assert loss == pytest.approx(expected, rel=1e-5)  # every layout is the same run
+    recorded = json.loads((tmp_path / "run/deepspeed.json").read_text())
+    assert recorded["train_batch_size"] == 16 and "auto" not in json.dumps(recorded)
 
 
 def test_help_shows_how_to_begin(capsys: pytest.CaptureFixture[str]):
