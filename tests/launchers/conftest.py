@@ -12,7 +12,7 @@ from megalite.tokenizer.load import load_tokenizer
 from tests.launchers.jobs import ROOT, Ended, Job, deepspeed
 
 ZERO3 = str(ROOT / "configs/deepspeed/zero3.json")
-NUM_STEPS = 8
+NUM_STEPS, WARMUP_STEPS, PEAK, VALIDATE_EVERY = 8, 3, 1e-3, 4
 
 
 class Finished(NamedTuple):
@@ -53,8 +53,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, prefix: str, extensi
         "parallel.pp_size=2",
         f"data.train={prefix}",
         f"schedule.num_steps={NUM_STEPS}",
-        "checkpoint.save_every_steps=2",
-        "logging.validate_every_steps=4",
+        f"schedule.warmup_steps={WARMUP_STEPS}",
+        f"optimizer.learning_rate={PEAK}",
+        "checkpoint.save_every_steps=1",
+        f"logging.validate_every_steps={VALIDATE_EVERY}",
         "logging.validation_steps=1",
     ]
     command = deepspeed(4, *arguments, f"output_dir={folder}/run")

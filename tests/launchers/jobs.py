@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,10 +14,13 @@ from typing import Any, NamedTuple, Self
 import psutil
 import torch
 
+from tests.ports import reserve_port
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 PRETRAIN = str(ROOT / "launchers" / "pretrain.py")
 LAUNCHER_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
+LEAVING_SECONDS = 10
 MARK = "MEGALITE_TEST_JOB"
 
 
@@ -57,12 +58,15 @@ class Job:
         returncode = self.process.wait(seconds)
         return Ended(returncode, *(log.read_text() for log in self.logs))
 
-    def kill_rank(self, rank: int) -> int:
-        """End a rank as `kill -9` does; returns its process id."""
+    def ranks(self, rank: int) -> list[psutil.Process]:
+        """The processes of a rank that run: itself, then those that were forked by it."""
         ranks = [p for p in self.processes() if _environment(p).get("RANK") == str(rank)]
-        oldest = min(ranks, key=lambda process: process.create_time())  # others were forked by it
-        oldest.send_signal(signal.SIGKILL)
-        return oldest.pid
+        return sorted(ranks, key=lambda process: process.create_time())
+
+    def leftovers(self) -> list[psutil.Process]:
+        """What still runs of a job that has ended; what was told to end has a moment to do so."""
+        _, alive = psutil.wait_procs(self.processes(), timeout=LEAVING_SECONDS)
+        return [process for process in alive if process in self.processes()]  # none that is only unburied
 
     def processes(self) -> list[psutil.Process]:
         """Processes of this job that still run, grandchildren and orphans included."""
@@ -96,15 +100,9 @@ def user_environment() -> dict[str, str]:
 
 
 def deepspeed(num_ranks: int, *arguments: str) -> list[str]:
-    """The project's main command, on a free port."""
-    port = str(free_port())
+    """The project's main command, on a port of its own."""
+    port = str(reserve_port())
     return ["deepspeed", "--num_gpus", str(num_ranks), "--master_port", port, PRETRAIN, *arguments]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ import pytest
 import megalite.training.job  # noqa: F401, what main() imports late, children need not import again
 from launchers import pretrain
 from tests.launchers.conftest import ZERO3
-from tests.launchers.jobs import LAUNCHER_NAMES, Ended, Job, deepspeed, free_port
+from tests.launchers.jobs import LAUNCHER_NAMES, Ended, Job, deepspeed
+from tests.ports import reserve_port
 
 
 def run(arguments: list[str], folder: Path, **environment: str) -> Ended:
@@ -50,7 +51,12 @@ def one_line(end: Ended) -> str:
 
 
 def rank_0_of(world_size: int) -> dict[str, str]:
-    numbers = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(world_size), "MASTER_PORT": str(free_port())}
+    numbers = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "MASTER_PORT": str(reserve_port()),
+    }
     return numbers | {"MASTER_ADDR": "127.0.0.1"}
 
 
@@ -183,7 +189,7 @@ def test_of_two_ranks_under_the_launcher_one_speaks(overrides, text, prefix, tmp
     command = deepspeed(2, "--deepspeed_config", ZERO3, f"data.train={prefix}", "output_dir=run", *overrides)
     with Job(command, tmp_path) as job:
         end = job.wait(60)
-        assert job.processes() == []
+        assert job.leftovers() == []
     assert end.returncode != 0
     assert end.stderr.startswith("error: ") and end.stderr.count("\n") == 1, end.stderr
     assert text in end.stderr and "rank" not in end.stderr

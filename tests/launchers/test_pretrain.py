@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from launchers import pretrain
 from megalite.checkpoint.load import find_checkpoint, read_state
 from megalite.config.load import load_run
 from tests.launchers.conftest import NUM_STEPS, ZERO3, Finished
-from tests.launchers.jobs import BIN, PRETRAIN, Job, free_port, read_rows, wait_for
+from tests.launchers.jobs import BIN, PRETRAIN, Job, read_rows, wait_for
+from tests.ports import reserve_port
 
 SMALL = ["schedule.num_steps=2", "logging.validate_every_steps=0", "logging.tensorboard=false"]
 
@@ -58,7 +60,7 @@ def test_tensorboard_shows_the_rows(uninterrupted: Finished):
 
 def test_the_newest_two_checkpoints_are_there_and_whole(uninterrupted: Finished):
     root = uninterrupted.folder / "checkpoints"
-    assert sorted(path.name for path in root.iterdir()) == ["step-00000006", "step-00000008"]
+    assert sorted(path.name for path in root.iterdir()) == ["step-00000007", "step-00000008"]
     newest = find_checkpoint(root)
     assert newest is not None and read_state(newest)["consumed_samples"] == 16 * NUM_STEPS
 
@@ -68,17 +70,31 @@ def test_a_lock_left_by_a_killed_compile_stops_nothing(uninterrupted: Finished, 
     assert [path.name for path in extensions.rglob("*")] == ["deepspeed_shm_comm", "lock"]
 
 
+SAYS_WHEN_IT_WAITS = """
+from torch.utils.file_baton import FileBaton
+wait = FileBaton.wait
+def say_and_wait(baton):
+    print("waits for", baton.lock_file_path, flush=True)
+    wait(baton)
+FileBaton.wait = say_and_wait
+import deepspeed
+deepspeed.init_distributed("gloo", verbose=False)
+print("started", flush=True)
+"""
+
+
 def test_without_our_guard_that_lock_would_stop_deepspeed(extensions: Path, tmp_path: Path):
-    program = (
-        "import faulthandler; faulthandler.dump_traceback_later(1, repeat=True);"
-        "import deepspeed; deepspeed.init_distributed('gloo', verbose=False); print('started')"
-    )
+    copy = shutil.copytree(extensions, tmp_path / "extensions")
+    lock = copy / "deepspeed_shm_comm/lock"
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    alone |= {"MASTER_PORT": str(free_port()), "TORCH_EXTENSIONS_DIR": str(extensions)}
-    with Job([sys.executable, "-c", program], tmp_path, DS_ACCELERATOR="cpu", **alone) as job:
-        waits = lambda: "file_baton.py" in job.logs[1].read_text()  # noqa: E731
-        wait_for(waits, 60, job)
-        assert "started" not in job.logs[0].read_text()
+    alone |= {"MASTER_PORT": str(reserve_port()), "TORCH_EXTENSIONS_DIR": str(copy)}
+    with Job([sys.executable, "-c", SAYS_WHEN_IT_WAITS], tmp_path, DS_ACCELERATOR="cpu", **alone) as job:
+        wait_for(lambda: f"waits for {lock}\n" in job.logs[0].read_text(), 120, job)
+        assert job.process.poll() is None and "started" not in job.logs[0].read_text()
+        lock.unlink()
+        job.wait(
+            120
+        )  # goes on, though without the operator that was never built: the lock is what it waited for
 
 
 def test_a_bare_command_trains_in_one_process_on_default_data_in_the_default_folder(tmp_path: Path):
@@ -92,14 +108,33 @@ def test_a_bare_command_trains_in_one_process_on_default_data_in_the_default_fol
     assert data.train == ["runs/default/data/python_stdlib_text_document"] and data.tokenizer == "bytes"
 
 
-def test_torchrun_starts_it_as_well(prefix: str, uninterrupted: Finished, tmp_path: Path):
-    torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())]
-    arguments = ["--deepspeed_config", ZERO3, f"data.train={prefix}", "parallel.tp_size=2"]
+HUGGING_FACE = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": 2,
+    "gradient_accumulation_steps": 8,
+    "gradient_clipping": "auto",
+    "zero_optimization": {
+        "stage": 3,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+    },
+}
+
+
+def test_torchrun_starts_it_as_well_from_a_json_that_says_auto(
+    prefix: str, uninterrupted: Finished, tmp_path: Path
+):
+    (tmp_path / "auto.json").write_text(json.dumps(HUGGING_FACE))
+    torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--standalone"]
+    arguments = ["--deepspeed_config", "auto.json", f"data.train={prefix}", "parallel.tp_size=2"]
     with Job([*torchrun, PRETRAIN, *arguments, *SMALL, "output_dir=run"], tmp_path) as job:
         end = job.wait(240)
     assert (end.returncode, end.errors) == (0, [])
     loss, expected = (read_rows(folder)[0]["loss"] for folder in (tmp_path / "run", uninterrupted.folder))
     assert loss == pytest.approx(expected, rel=1e-5)  # every layout is the same run
+    recorded = json.loads((tmp_path / "run/deepspeed.json").read_text())
+    assert recorded["train_batch_size"] == 16 and "auto" not in json.dumps(recorded)
 
 
 def test_help_shows_how_to_begin(capsys: pytest.CaptureFixture[str]):

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from tests.ports import reserve_port
+
 NODES = ("n1", "n2")
 CPUS_PER_NODE = 2
 FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"}
@@ -144,7 +146,7 @@ class Cluster:
 
     def _write_configuration(self) -> None:
         host = socket.gethostname().partition(".")[0]
-        controller_port, *node_ports = free_ports(1 + len(NODES))
+        controller_port, *node_ports = [reserve_port() for _ in range(1 + len(NODES))]
         nodes = [
             NODE.format(name=name, host=host, port=port, cpus=CPUS_PER_NODE)
             for name, port in zip(NODES, node_ports, strict=True)
@@ -216,18 +218,3 @@ def wait_until(is_true: Callable[[], bool], timeout_seconds: float, *, what: str
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what}: not in {timeout_seconds:.0f} s")
         time.sleep(0.2)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody uses now, from below the range that the kernel hands out to others."""
-    ports: list[int] = []
-    for port in range(17000 + os.getpid() % 1000 * 4, 32000):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        ports.append(port)
-        if len(ports) == count:
-            break
-    return ports

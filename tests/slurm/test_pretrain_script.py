@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import Cluster, free_ports, wait_until
+from tests.ports import reserve_port
+from tests.slurm.cluster import Cluster, wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "slurm" / "pretrain_460m.sh"
@@ -143,8 +144,8 @@ def test_a_job_on_two_nodes_trains_exactly_as_under_the_deepspeed_launcher(
 
 def run_with_deepspeed(deepspeed_config: Path, *overrides: str) -> None:
     """The same run on one node, four processes, started by the deepspeed launcher."""
-    (port,) = free_ports(1)
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=4", f"--master_port={port}"]
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=4"]
+    launcher += [f"--master_port={reserve_port()}"]
     program = ["launchers/pretrain.py", "--deepspeed_config", str(deepspeed_config)]
     run = ["--config", "configs/runs/pretrain_460m.yaml", *TINY_RUN, *overrides]
     done = subprocess.run(
