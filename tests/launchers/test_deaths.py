@@ -79,7 +79,7 @@ def test_a_rank_that_fails_is_named_with_its_reason(tmp_path: Path):
         assert job.leftovers() == []
     assert end.returncode != 0
     (line,) = end.errors
-    assert re.match(r"error: rank 1 \(\S+, pid \d+\): vocabulary: .* found token id 999 in sample", line)
+    assert re.match(r"error: rank 1 \(\S+, pid \d+\): sample \d+: token id: .* found 999", line)
     assert "Traceback" not in end.stderr
 
 

@@ -142,7 +142,7 @@ def nothing(prefix: Path) -> None:
         (remove_idx, [], ["data.idx", "found nothing"]),
         (truncate_bin, [], ["data.bin", "found 1000", "truncated"]),
         (truncate_idx, [], ["data.idx", "100 bytes", "damaged"]),
-        (nothing, ["model.vocab_size=100"], ["data.bin", "expected ids 0 to 99", "model.vocab_size"]),
+        (nothing, ["model.vocab_size=100"], ["data.bin", "expected 0 to 99", "model.vocab_size"]),
         (nothing, ["data.split=1,0,0"], ["'1,0,0' leaves nothing for validation", "validate_every_steps=0"]),
         (nothing, ["data.split=100000,1,0"], ["validation split is empty"]),
         (nothing, ["data.validation=other"], ["other.idx", "found nothing"]),
@@ -182,7 +182,7 @@ def test_a_checkpoint_of_another_model_is_one_line(uninterrupted, tmp_path):
     ("overrides", "text"),
     [
         (["parallel.pp_size=3"], "2 processes"),
-        (["model.vocab_size=100"], "expected ids 0 to 99"),
+        (["model.vocab_size=100"], "expected 0 to 99"),
     ],
 )
 def test_of_two_ranks_under_the_launcher_one_speaks(overrides, text, prefix, tmp_path):

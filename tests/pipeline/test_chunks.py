@@ -45,9 +45,7 @@ def actions_of(stage: int) -> list[Action]:
         micro_batch, chunk = int(word[1]), int(word[3])
         forward = word[0] == "F"
         kind, following = ("activation", chunk + 1) if forward else ("gradient", chunk - 1)
-        turns_back = (
-            0 <= following < CHUNKS
-        )  # the second stage to compute sends to the first one's next chunk
+        turns_back = 0 <= following < CHUNKS
 
         def transfer(verb, chunk, kind=kind, micro_batch=micro_batch):
             return Exchange((Transfer(verb, kind, micro_batch, 1 - stage, chunk),))
