@@ -166,6 +166,16 @@ def spec_of(tensor: torch.Tensor) -> ShardSpec:
     return tensor.spec  # type: ignore[attr-defined]
 
 
+def register_state(module: nn.Module, name: str, spec: ShardSpec, value: float = 0.0) -> None:
+    """Give a module a buffer that is state, fp32 in every precision: saved, loaded and resharded by its spec.
+
+    Made by NumPy, as the initial weights are: ZeRO-3 construction casts what torch's factories make.
+    """
+    buffer = torch.from_numpy(np.full(spec.local_shape, value, dtype=np.float32))
+    module.register_buffer(name, buffer)
+    buffer.spec = spec  # type: ignore[attr-defined]
+
+
 def state_buffers(module: nn.Module) -> list[torch.Tensor]:
     """The buffers of a module that are state: those that carry a spec."""
     return [buffer for buffer in module.buffers() if hasattr(buffer, "spec")]
