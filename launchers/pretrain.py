@@ -14,6 +14,7 @@ from typing import NoReturn
 from megalite.config.deepspeed import DeepSpeedConfig, load_deepspeed
 from megalite.config.load import load_run
 from megalite.config.run import RunConfig
+from megalite.error import UserError
 from megalite.training.environment import Environment, choose_cpu_accelerator
 
 EPILOG = """The JSON owns batch sizes, precision, ZeRO and gradient clipping; the YAML owns the rest.
@@ -24,7 +25,7 @@ class Parser(ArgumentParser):
     """Raises what argparse would print, usage and all, on every rank."""
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}: see --help")
+        raise UserError(f"{message}: see --help")
 
 
 def build_parser() -> ArgumentParser:
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         environment = Environment.read()
         rank = environment.rank
         run, deepspeed = configure(argv, environment.world_size)
-    except ValueError as error:
+    except UserError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         else:

@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def replicas(run: RunConfig, num_ranks: int | None) -> int | None:
+def data_parallel_ranks(run: RunConfig, num_ranks: int | None) -> int | None:
     """Data-parallel ranks among so many processes. ConfigError when the layout does not fit them."""
     if num_ranks is None:
         return None
@@ -51,7 +51,7 @@ def build(arguments: argparse.Namespace) -> None:
     deepspeed = load_deepspeed(
         arguments.deepspeed_config,
         arguments.config or "the run",
-        dp_size=replicas(run, arguments.num_ranks),
+        dp_size=data_parallel_ranks(run, arguments.num_ranks),
         hidden_size=run.model.hidden_size,
     )
     cache = open_cache(run)

@@ -12,14 +12,14 @@ class BatchSizes(Section):
         None, description="Samples in one optimizer step, over all ranks."
     )
     train_micro_batch_size_per_gpu: PositiveInt | None = Field(
-        None, description="Samples in one forward of one replica."
+        None, description="Samples in one forward of one data-parallel rank."
     )
     gradient_accumulation_steps: PositiveInt | None = Field(
-        None, description="Micro batches in one optimizer step of one replica."
+        None, description="Micro batches in one optimizer step of one data-parallel rank."
     )
 
     def derived(self, dp_size: int | None, where: str) -> tuple[int, int]:
-        """(samples of an optimizer step, samples of a micro batch), among `dp_size` replicas.
+        """(samples of an optimizer step, samples of a micro batch), among `dp_size` data-parallel ranks.
 
         dp_size: None where it is not known; then both must be stated. where: only named in messages. With
         either alone, a step is one micro batch. Raises ConfigError when too few are stated, or they do not

@@ -93,7 +93,7 @@ class DeepSpeedConfig(BatchSizes):
         return self
 
     def num_micro_batches(self, dp_size: int) -> int:
-        """Micro batches that each replica takes in one optimizer step, among `dp_size` replicas.
+        """Micro batches that each of `dp_size` data-parallel ranks takes in one optimizer step.
 
         Raises ConfigError when the batch does not divide, or gradient_accumulation_steps says otherwise.
         """
@@ -137,7 +137,8 @@ def deepspeed_config_from(
 ) -> DeepSpeedConfig:
     """What a DeepSpeed JSON says, with a number for each "auto" and each batch size that is left out.
 
-    where, run_path: only named in messages. dp_size: replicas, for batch sizes that follow from their number.
+    where, run_path: only named in messages. dp_size: data-parallel ranks, for batch sizes that follow from
+    their number.
     hidden_size: the model's, in features, for bucket sizes that are "auto". Raises ConfigError, in one line,
     for a missing or wrong value, or a fact that the run's YAML owns.
     """

@@ -4,6 +4,12 @@ import os
 import socket
 from dataclasses import dataclass
 
+from megalite.error import UserError
+
+
+class LaunchError(UserError):
+    """What the launcher left in the environment does not fit together."""
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -20,20 +26,20 @@ class Environment:
     def read(cls) -> "Environment":
         """Read RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; without them this is a job of one.
 
-        Raises ValueError when only some of them are there, or they are not such numbers.
+        Raises LaunchError when only some of them are there, or they are not such numbers.
         """
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         missing = [name for name in names if name not in os.environ]
         if len(missing) == len(names):
             os.environ |= dict(zip(names, ("0", "0", "1", "127.0.0.1", str(_free_port())), strict=True))
         elif missing:
-            raise ValueError(
+            raise LaunchError(
                 f"the environment has {', '.join(n for n in names if n not in missing)} but not "
                 f"{', '.join(missing)}: start with deepspeed, torchrun, or the scripts in slurm/"
             )
         rank, world_size = _number("RANK"), _number("WORLD_SIZE")
         if rank >= world_size:
-            raise ValueError(f"RANK {rank} of WORLD_SIZE {world_size}: ranks run from 0 to {world_size - 1}")
+            raise LaunchError(f"RANK {rank} of WORLD_SIZE {world_size}: ranks run from 0 to {world_size - 1}")
         # deepspeed, torchrun and Slurm each have their own name for the processes of this node
         local = [os.environ.get(name) for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")]
         return cls(
@@ -64,7 +70,7 @@ def threads_are_set() -> bool:
 def _number(name: str) -> int:
     text = os.environ[name]
     if not text.isdecimal():
-        raise ValueError(f"{name} is {text!r} in the environment: expected a whole number")
+        raise LaunchError(f"{name} is {text!r} in the environment: expected a whole number")
     return int(text)
 
 

@@ -44,6 +44,7 @@ def pretrain(run: RunConfig, deepspeed: DeepSpeedConfig, environment: Environmen
     """Train `run` to its last step; called by every rank. Raises nothing that others would not hear of."""
     with processes(environment) as (device, liveness):
         try:
+            initialize_communication()
             _pretrain(run, deepspeed, environment, device)
         except Exception as error:
             line = told_to_users(error)
@@ -67,7 +68,6 @@ def processes(environment: Environment) -> Iterator[tuple[torch.device, Liveness
         )
     except UserError as error:
         leave(str(error))
-    initialize_communication()
     yield device, liveness
     dist.barrier()
     liveness.close()

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megalite.checkpoint.hf import build_transformers_model, read_config
-from megalite.checkpoint.load import TensorReader
+from megalite.checkpoint.load import TensorReader, read_config
+from megalite.checkpoint.model import build_transformers_model
+from megalite.checkpoint.weights import Weights
 from tests.launchers.conftest import NUM_STEPS, PEAK, VALIDATE_EVERY, WARMUP_STEPS, Finished
 from tests.launchers.jobs import read_rows
 
@@ -105,7 +106,7 @@ def test_validation_is_the_loss_of_the_saved_model_on_the_validation_split(
 ):
     """The same checkpoint in transformers, the same samples by megatron-core."""
     checkpoint = uninterrupted.folder / f"checkpoints/step-{NUM_STEPS:08}"
-    model = build_transformers_model(checkpoint, read_config(checkpoint).model)
+    model = build_transformers_model(Weights(checkpoint, read_config(checkpoint).model, "float32"))
     on_training, on_validation = (mean_loss(model, tokens) for tokens in first_samples(prefix, tmp_path))
     recorded = read_rows(uninterrupted.folder)[-1]["validation_loss"]
     assert recorded == pytest.approx(on_validation, rel=1e-5)
