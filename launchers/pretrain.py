@@ -1,4 +1,4 @@
-r"""Pre-train a Llama decoder: one process a device, started by deepspeed, torchrun or srun.
+r"""Pre-train a Llama decoder: one process per device, started by deepspeed, torchrun or srun.
 
     deepspeed --num_gpus 4 launchers/pretrain.py --deepspeed_config configs/deepspeed/zero3.json \
         --config configs/runs/pretrain_460m.yaml parallel.tp_size=2 schedule.num_steps=100
