@@ -33,7 +33,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
-        "deepspeed>=0.19",
+        "deepspeed~=0.19.8",  # its inside is relied on: see megalite/training/engine.py
         "datasets>=3.0",
         "numpy>=1.26",
         "pyarrow>=17",  # Parquet, and compressed text
@@ -48,8 +48,6 @@ setup(
     ],
     extras_require={
         "plot": PLOT,  # loss curves and benchmark figures
-        "kernels": ["liger-kernel>=0.5"],  # fused Triton kernels, on a GPU
-        "eval": ["lm-eval>=0.4.5"],  # downstream evaluation of exports
         "dev": PLOT + DEV,
     },
 )

@@ -38,7 +38,6 @@ ROOMS = {
 DOORS = {
     "deepspeed": ["training/engine.py"],
     "transformers": ["tokenizer/", "checkpoint/"],
-    "liger_kernel": ["model/", "parallel/"],
     "torch": [
         "checkpoint/",
         "data/",

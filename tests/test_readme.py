@@ -154,12 +154,40 @@ def test_what_a_page_points_to_exists(page):
     assert missing == []
 
 
+def paths_of_tree(tree: str) -> list[str]:
+    """The paths that an indented tree names: an entry lies in the last folder that is indented less."""
+    paths: list[str] = []
+    folders: list[tuple[int, str]] = []
+    for line in tree.splitlines():
+        depth, name = len(line) - len(line.lstrip()), line.split()[0]
+        folders = [(at, folder) for at, folder in folders if at < depth]
+        paths.append((folders[-1][1] if folders else "") + name)
+        if name.endswith("/"):
+            folders.append((depth, paths[-1]))
+    return paths
+
+
+def tree_of_readme() -> list[str]:
+    return paths_of_tree(re.search(r"## The tree\s+```\n(.*?)```", README, flags=re.S)[1])
+
+
 def test_the_paths_that_the_readme_names_exist():
     named = re.findall(r"`((?:tests|tools|docs|configs|slurm|megalite)/[\w/.]+)`", README)
-    tree = re.search(r"## The tree\s+```\n(.*?)```", README, flags=re.S)[1]
-    named += [line.split()[0] for line in tree.splitlines()]
-    assert len(named) > 15
+    named += tree_of_readme()
+    assert len(named) > 100
     assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("folder", ["launchers", "megalite", "tools"])
+def test_the_tree_names_every_source_once_and_no_other(folder):
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*.py")}
+    named = [path for path in tree_of_readme() if path.startswith(f"{folder}/") and path.endswith(".py")]
+    assert sorted(named) == sorted(path for path in sources if not path.endswith("/__init__.py"))
+
+
+def test_a_tree_is_read_by_its_indentation():
+    tree = "a/  a folder\n  b.py  a file\n  c/\n    d.py\n  e.py\nf.py  another\n"
+    assert paths_of_tree(tree) == ["a/", "a/b.py", "a/c/", "a/c/d.py", "a/e.py", "f.py"]
 
 
 def test_pictures_are_small_and_shown():
