@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from megalite.data.gpt_dataset import GPTDataset
 from megalite.data.indexed_dataset import IndexedDataset, bin_path
@@ -32,6 +33,7 @@ def kill_in_training(arguments: list[str], folder: Path, victim: int, step: int)
     return end, process.pid, seconds
 
 
+@pytest.mark.timeout(900)  # four starts of four ranks, where other work may hold the cores
 def test_a_run_that_is_killed_twice_ends_each_time_and_continues_bit_for_bit(
     uninterrupted: Finished, tmp_path: Path
 ):
