@@ -22,6 +22,7 @@ from megalite.training.engine import initialize_communication
 from megalite.training.zero import inner_optimizer, master_slices
 from tests.harness import run_distributed
 from tests.reference import CLIP, Curve, learning_rate_of, reference_curve
+from tests.trace import describe_departure
 from tests.trainers import SEED, Case, build_trainer, global_batch, micro_batches
 
 NUM_STEPS = 10
@@ -151,10 +152,14 @@ def assert_same_gradients(curve: Curve, reference: Curve) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_layout_gives_the_losses_norms_and_gradients_of_one_process(case):
-    for curve in curves_of_world(case.world_size)[case]:
-        assert_same_numbers("loss", curve.losses, expected(case).losses)
-        assert_same_numbers("norm", curve.norms, expected(case).norms)
-        assert_same_gradients(curve, expected(case))
+    curves = curves_of_world(case.world_size)[case]
+    try:
+        for curve in curves:
+            assert_same_numbers("loss", curve.losses, expected(case).losses)
+            assert_same_numbers("norm", curve.norms, expected(case).norms)
+            assert_same_gradients(curve, expected(case))
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{describe_departure(case)}") from error
 
 
 def test_the_first_loss_hardly_depends_on_the_layout():
