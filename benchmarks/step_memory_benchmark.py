@@ -1,4 +1,4 @@
-"""One optimizer step of LiteLlama-460M on two ranks of a CPU, ZeRO-3 in fp32, 64 tokens a rank, parameters
+"""One optimizer step of LiteLlama-460M on two ranks of a CPU, ZeRO-3 in fp32, 64 tokens per rank, parameters
 gathered for each micro batch: what a rank used at its peak beyond libraries and data, beside the model state
 alone (parameters, gradients and optimizer, by arXiv 1910.02054). The rest is a whole embedding and its
 gradient, DeepSpeed's reduction buckets and a second copy of the gradients for the optimizer.

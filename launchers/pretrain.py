@@ -1,7 +1,6 @@
-r"""Pre-train a Llama decoder: one process a device, started by deepspeed, torchrun or srun.
+"""Pre-train a Llama decoder: one process per device, started by deepspeed, torchrun or srun.
 
-    deepspeed --num_gpus 4 launchers/pretrain.py --deepspeed_config configs/deepspeed/zero3.json \
-        --config configs/runs/pretrain_460m.yaml parallel.tp_size=2 schedule.num_steps=100
+    deepspeed launchers/pretrain.py --deepspeed_config configs/deepspeed/zero3.json parallel.tp_size=2
 """
 
 import os

@@ -10,9 +10,9 @@ IGNORED = -100  # the label of a token that has no part in the loss, as in torch
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one length, each field [b, s], or None where the rank needs it not.
+    """Samples of one length, each field [b, s], or None where the rank does not need it.
 
-    A loader makes it, the pipeline passes it on unopened, a stage takes what it needs.
+    A loader makes it, the pipeline passes it on unopened, and each stage takes what it needs.
 
     Attributes:
         input_ids: i64; needed where the embedding is.

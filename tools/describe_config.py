@@ -40,7 +40,7 @@ This page is written by `python tools/describe_config.py` from the code.
 
 DERIVED = """\
 A batch is micro batch x accumulation steps x data-parallel ranks. Two of the three sizes give the third; all
-three must agree; `train_batch_size` or `train_micro_batch_size_per_gpu` alone means one micro batch a step.
+three must agree; `train_batch_size` or `train_micro_batch_size_per_gpu` alone means one micro batch per step.
 That is how DeepSpeed derives them.
 
 `"auto"`, as Hugging Face's users write it, is taken where something decides the value:

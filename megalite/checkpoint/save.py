@@ -180,5 +180,5 @@ def _prune(root: Path, step: int, keep_last: int) -> None:
 
 
 def _bury(folder: Path) -> Path:
-    """Take a checkpoint's name away before its files go: one half removed must not look like one damaged."""
+    """Take a checkpoint's name away before its files go: half removed, it must not look damaged."""
     return folder.rename(folder.with_name(f"{folder.name}.old{ASIDE}"))

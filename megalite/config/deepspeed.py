@@ -161,7 +161,7 @@ def deepspeed_config_from(
 
 
 def _is_stated(raw: dict[str, Any], name: str) -> bool:
-    """Whether a key is there, and in it the only fact that megalite reads of an object."""
+    """Whether a key is there; of an object, whether the one fact is there that megalite reads of it."""
     facts = {"zero_optimization": "stage", "data_types": "grad_accum_dtype"}
     return name in raw and name not in _FORMATS and (name not in facts or facts[name] in raw[name])
 
@@ -169,7 +169,7 @@ def _is_stated(raw: dict[str, Any], name: str) -> bool:
 def _filled_in(
     raw: dict[str, Any], where: str, dp_size: int | None, hidden_size: int | None
 ) -> dict[str, Any]:
-    """The JSON with what is left out or "auto" decided, where megalite can decide it."""
+    """The JSON with numbers for what is left out or "auto", where megalite can decide them."""
     stated = {name: raw[name] for name in BatchSizes.model_fields if raw.get(name) not in (None, AUTO)}
     batch, micro = BatchSizes.model_validate(stated).derived(dp_size, where)
     sizes = stated | {"train_batch_size": batch, "train_micro_batch_size_per_gpu": micro}

@@ -138,7 +138,7 @@ def _suggestion(key: str) -> str:
 
 
 def _replace(settings: dict[str, Setting], new: Setting) -> None:
-    """Add a setting; it replaces an older one of the same key, of a part of it, or of the whole around it."""
+    """Add a setting; it replaces older ones of the same key, of keys within it, or of a section around it."""
     for old in list(settings):
         if old == new.key or old.startswith(f"{new.key}.") or new.key.startswith(f"{old}."):
             del settings[old]

@@ -32,7 +32,7 @@ Arrays = dict[str, np.ndarray]
 class IndexCache:
     """The entries of one folder, which is made when needed. Where it cannot be written, nothing is kept.
 
-    Counted are what `get` found (num_found), had to build (num_built), and of that kept (num_kept).
+    It counts what `get` found (num_found), had to build (num_built), and kept of that (num_kept).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -73,7 +73,7 @@ class IndexCache:
 
 
 def _publish(entry: Path, made_from: dict[str, Any], arrays: Arrays) -> None:
-    """Write an entry, unless a faster builder's bears its name by then."""
+    """Write an entry, unless a faster builder has published it by then."""
     try:
         with folder_aside(entry) as aside:
             _write(aside, made_from, arrays)

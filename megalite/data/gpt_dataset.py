@@ -59,7 +59,7 @@ def split_sequences(split: str, num_sequences: int) -> list[tuple[int, int] | No
 def plan_epochs(epoch_tokens: int, seq_length: int, num_samples: int | None) -> tuple[int, ...]:
     """How many epochs of `epoch_tokens` (> 0) hold `num_samples` (None: one epoch), by group.
 
-    A group is shuffled as one: all epochs are, or the last is kept apart from those before it.
+    A group is shuffled as one: it is all epochs, or the last one is a group of its own.
     """
     if num_samples is None:
         return (1,)

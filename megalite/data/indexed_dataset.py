@@ -112,7 +112,7 @@ class IndexedDataset:
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
-        """What tells this data from other data: the size of both files, and the SHA-256 of the index."""
+        """What tells this data apart from other data: the sizes of both files and the index's SHA-256."""
         digest = hashlib.sha256(self._index.data).hexdigest()
         return {"bin_bytes": self.tokens.nbytes, "idx_bytes": len(self._index), "idx_sha256": digest}
 

@@ -14,7 +14,7 @@ _PIECE_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class InputBlock(ABC):
-    """A part of the input `name`: `num_bytes` of it, for progress; `unit` is what a record is called."""
+    """A part of the input `name`: `num_bytes` of it, for progress; `unit` is the word for a record."""
 
     unit: ClassVar[str]
     name: str

@@ -26,7 +26,7 @@ class BadRecords:
     _before: int = 0  # records of that input so far
 
     def add(self, block: InputBlock, encoded: Encoded) -> None:
-        """Count those of a block; blocks come in the order of the input."""
+        """Count the bad records of a block; blocks come in the order of the input."""
         if block.name != self._name:
             self._name, self._before = block.name, 0
         self.count += len(encoded.bad_records)

@@ -101,7 +101,7 @@ class Table:
     num_rows: int | None = None
 
     def blocks(self, max_bytes: int) -> Iterator[InputBlock]:
-        """Rows in groups. Their shares of the input are those of their number, or their own size."""
+        """Rows in groups. A group's share of the input is by its number of rows, or by its own size."""
         before = 0
         for columns in _grouped(self.table.read()):
             if self.num_bytes is None:

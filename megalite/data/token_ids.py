@@ -18,7 +18,7 @@ def check_ids(
 ) -> None:
     """Raise DataError at the first id of `ids` [n] that is not in [0, limit).
 
-    where: what the message begins with, or what says so of the id's position in `ids`.
+    where: how the message begins, or a function that gives this for the id's position in `ids`.
     """
     for start in range(0, len(ids), _IDS_AT_ONCE):
         some = ids[start : start + _IDS_AT_ONCE]

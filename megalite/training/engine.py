@@ -1,7 +1,7 @@
 """One plain DeepSpeed engine around one pipeline stage; the only importer of deepspeed.
 
-DeepSpeed's own PipelineEngine stops at ZeRO-1. A plain engine a stage, driven by our schedule, goes to
-ZeRO-3, if a few of the engine's habits are minded; each is explained where it is.
+DeepSpeed's own PipelineEngine stops at ZeRO-1. One plain engine per stage, driven by our schedule,
+goes to ZeRO-3, if a few of the engine's habits are minded; each is explained where it is.
 """
 
 import logging

@@ -41,7 +41,7 @@ DEATH_SECONDS = 1.0  # in which a rank's death is known to all
 
 
 def pretrain(run: RunConfig, deepspeed: DeepSpeedConfig, environment: Environment) -> None:
-    """Train `run` to its last step; called by every rank. Raises nothing that others would not hear of."""
+    """Train `run` to its last step; called by every rank. An error on one rank ends the job on all."""
     with processes(environment) as (device, liveness):
         try:
             initialize_communication()

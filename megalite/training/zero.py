@@ -82,7 +82,8 @@ def local_weight(optimizer: Any, parameter: Any, data_rank: int) -> tuple[int, t
 def reduced_gradients(optimizer: Any, parameter: nn.Parameter) -> list[torch.Tensor]:
     """The gradients of a parameter that `step()` is about to use, summed over data-parallel ranks.
 
-    Where the wrapper keeps one list per group, these are the group's: give such a parameter a group alone.
+    Where the wrapper keeps one list per group, these are the whole group's: put such a parameter into a
+    group of its own.
     """
     if isinstance(optimizer, torch.optim.Optimizer):
         assert parameter.grad is not None

@@ -57,7 +57,7 @@ def test_a_users_mistake_is_one_line(arguments, capsys, change, message):
 
 
 def test_a_batch_size_may_follow_from_the_number_of_ranks(arguments, tmp_path, capsys):
-    """2 samples of each of 4 replicas, on 8 ranks of 2 stages: as a run of 8 samples a step."""
+    """2 samples of each of 4 replicas, on 8 ranks of 2 stages: as a run of 8 samples per step."""
     config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1}
     (tmp_path / "ds.json").write_text(json.dumps(config))
     assert main(arguments) == 2

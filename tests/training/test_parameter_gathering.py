@@ -1,4 +1,4 @@
-"""How often ZeRO-3 gathers a stage's parameters: once a step, or for each micro batch and direction."""
+"""How often ZeRO-3 gathers a stage's parameters: once per step, or for each micro batch and direction."""
 
 import pytest
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
