@@ -1,6 +1,6 @@
 """Pre-train a Llama decoder: one process per device, started by deepspeed, torchrun or srun.
 
-    deepspeed launchers/pretrain.py --deepspeed_config configs/deepspeed/zero3.json parallel.tp_size=2
+deepspeed launchers/pretrain.py --deepspeed_config configs/deepspeed/zero3.json parallel.tp_size=2
 """
 
 import os

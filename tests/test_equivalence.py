@@ -67,14 +67,14 @@ BF16_CASES = [
 
 
 @cache
-def expected_of(tied: bool, documents: bool, uneven: bool, seed: int = SEED) -> Curve:
+def expected_of(tied: bool, documents: bool, uneven: bool, seed: int = SEED, rate: float = 1.0) -> Curve:
     """One process's curve."""
     batches = [global_batch(step, documents=documents, uneven=uneven) for step in range(NUM_STEPS)]
-    return reference_curve(Case(tied=tied).model, batches, seed)
+    return reference_curve(Case(tied=tied).model, batches, seed, rate)
 
 
 def expected(case: Case) -> Curve:
-    return expected_of(case.tied, case.documents, case.uneven)
+    return expected_of(case.tied, case.documents, case.uneven, rate=case.rate)
 
 
 @cache
@@ -96,7 +96,9 @@ def run_case(rank: int, case: Case, seed: int = SEED) -> Curve:
     for step in range(NUM_STEPS):
         if step == NUM_STEPS // 2:
             trainer.evaluate(micro_batches(0, trainer.context, case))  # changes nothing
-        result = trainer.train_step(micro_batches(step, trainer.context, case), learning_rate_of(step))
+        result = trainer.train_step(
+            micro_batches(step, trainer.context, case), case.rate * learning_rate_of(step)
+        )
         curve.losses.append(result.loss)
         curve.norms.append(result.grad_norm)
     curve.gradients = first_gradients(rank, case)
