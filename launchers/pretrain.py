@@ -60,8 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(5)  # a launcher ends all ranks when the first one leaves
+        time.sleep(0 if rank == 0 else 5)  # a launcher ends all ranks when the first one leaves
         return 2
     import torch  # the configuration is checked first: a mistake is told in a second, not in ten
 

@@ -92,8 +92,8 @@ class WrittenOutAdamW:
             p.grad = None
 
 
-def reference_curve(model: ModelConfig, batches: list[Batch], seed: int) -> Curve:
-    """One process, the whole global batch at once."""
+def reference_curve(model: ModelConfig, batches: list[Batch], seed: int, rate: float = 1.0) -> Curve:
+    """One process, the whole global batch at once, at `rate` times the learning rates."""
     curve = Curve()
     llama = transformers_llama(model, seed)
     optimizer = WrittenOutAdamW(llama.parameters())
@@ -103,7 +103,7 @@ def reference_curve(model: ModelConfig, batches: list[Batch], seed: int) -> Curv
         if step == 0:
             curve.gradients = {name: p.grad.clone() for name, p in llama.named_parameters()}
         norm = sum(p.grad.double().square().sum() for p in llama.parameters()).sqrt().item()
-        optimizer.step(learning_rate_of(step), min(1.0, CLIP / (norm + 1e-6)))
+        optimizer.step(rate * learning_rate_of(step), min(1.0, CLIP / (norm + 1e-6)))
         curve.losses.append(loss.item())
         curve.norms.append(norm)
     return curve

@@ -53,6 +53,11 @@ class Case:
         return self.tp * self.pp * self.dp
 
     @property
+    def rate(self) -> float:
+        """Of the learning rates: bf16's roundings are to be seen, not what large steps make of them."""
+        return 1 / 3 if self.precision == "bf16" else 1.0
+
+    @property
     def model(self) -> ModelConfig:
         return TIED if self.tied else MODEL
 
