@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from megalite.checkpoint.tensor_file import write_text_file
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.load import dump_run
 from megalite.config.run import RunConfig
 from megalite.error import UserError
+from megalite.files import write_text
 
 
 class OutputError(UserError):
@@ -31,8 +31,4 @@ def write_configs(run: RunConfig, deepspeed: DeepSpeedConfig) -> None:
     """Write config.yaml, with every default, and deepspeed.json; each is complete or as it was before."""
     texts = {"config.yaml": dump_run(run), "deepspeed.json": json.dumps(deepspeed.raw, indent=2) + "\n"}
     for name, text in texts.items():
-        path = Path(run.output_dir, name)
-        aside = path.with_name(f".{name}.tmp")
-        aside.unlink(missing_ok=True)
-        write_text_file(aside, text)
-        aside.replace(path)
+        write_text(Path(run.output_dir, name), text)
