@@ -44,9 +44,7 @@ def configure(argv: list[str] | None, world_size: int) -> tuple[RunConfig, DeepS
         args.overrides.insert(0, args.config)  # it follows a bare --config
         args.config = None
     run = load_run(args.config, args.overrides, args.deepspeed_config)
-    run.check_world(world_size)
-    dp_size = world_size // (run.parallel.tp_size * run.parallel.pp_size)
-    known = {"dp_size": dp_size, "hidden_size": run.model.hidden_size}
+    known = {"dp_size": run.dp_size_of(world_size), "hidden_size": run.model.hidden_size}
     return run, load_deepspeed(args.deepspeed_config, args.config or "the run", **known)
 
 

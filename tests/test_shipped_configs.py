@@ -22,7 +22,7 @@ def test_every_folder_is_found():
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_run_is_read_and_fits_one_process(path):
-    load_run(str(path), []).check_world(1)
+    load_run(str(path), []).dp_size_of(1)
 
 
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
@@ -56,6 +56,6 @@ def test_the_460m_run_is_lite_llama():
 @pytest.mark.parametrize("dp_size", [1, 2, 4, 8, 16])
 def test_the_460m_run_fits_one_to_sixteen_replicas(tp_size, pp_size, dp_size):
     overrides = [f"parallel.tp_size={tp_size}", f"parallel.pp_size={pp_size}"]
-    load_run(str(CONFIGS / "runs/pretrain_460m.yaml"), overrides).check_world(tp_size * pp_size * dp_size)
+    load_run(str(CONFIGS / "runs/pretrain_460m.yaml"), overrides).dp_size_of(tp_size * pp_size * dp_size)
     batch = load_deepspeed(str(CONFIGS / "deepspeed/pretrain_460m.json"))
     assert batch.num_micro_batches(dp_size) == 16 // dp_size

@@ -40,8 +40,7 @@ def data_parallel_ranks(run: RunConfig, num_ranks: int | None) -> int | None:
         return None
     if num_ranks < 1:
         raise ConfigError(f"--num_ranks is {num_ranks}: expected a number of at least 1")
-    run.check_world(num_ranks)
-    return num_ranks // (run.parallel.tp_size * run.parallel.pp_size)
+    return run.dp_size_of(num_ranks)
 
 
 def build(arguments: argparse.Namespace) -> None:

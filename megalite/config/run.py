@@ -177,8 +177,8 @@ class RunConfig(Section):
             )
         return self
 
-    def check_world(self, world_size: int) -> None:
-        """Raise ConfigError unless this model can be laid out over `world_size` ranks."""
+    def dp_size_of(self, world_size: int) -> int:
+        """Data-parallel ranks among `world_size`; ConfigError where the model does not fit on those."""
         tp_size, pp_size = self.parallel.tp_size, self.parallel.pp_size
         if world_size % (tp_size * pp_size):
             processes = "1 process" if world_size == 1 else f"{world_size} processes"
@@ -194,6 +194,7 @@ class RunConfig(Section):
                 f"parallel.pp_size {pp_size} exceeds model.num_hidden_layers {layers}: "
                 f"use at most {layers} stages"
             )
+        return world_size // (tp_size * pp_size)
 
     def _check_tensor_parallel(self, tp_size: int) -> None:
         heads, kv_heads = self.model.num_attention_heads, self.model.num_key_value_heads

@@ -23,7 +23,7 @@ CASES = [
 @pytest.mark.parametrize(("overrides", "world_size", "parts"), CASES)
 def test_a_layout_that_does_not_fit_is_refused_with_both_numbers(overrides, world_size, parts):
     with pytest.raises(ConfigError) as caught:
-        load_run(None, overrides).check_world(world_size)
+        load_run(None, overrides).dp_size_of(world_size)
     assert all(part in str(caught.value) for part in parts)
     assert "\n" not in str(caught.value)
 
@@ -40,7 +40,7 @@ def test_a_layout_that_does_not_fit_is_refused_with_both_numbers(overrides, worl
     ],
 )
 def test_a_layout_that_fits_is_accepted(overrides, world_size):
-    load_run(None, overrides).check_world(world_size)
+    load_run(None, overrides).dp_size_of(world_size)
 
 
 def test_null_heads_and_width_follow_the_query_heads():
