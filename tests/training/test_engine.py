@@ -1,8 +1,25 @@
-"""What the engine refuses before anything is built."""
+"""What the engine refuses before anything is built, and what it keeps of buffers."""
 
 import pytest
+import torch
 
-from megalite.training.engine import EngineError, check_version
+from megalite.parallel.context import ParallelContext
+from megalite.parallel.shard import register_state, spec_of, state_buffers, whole_spec
+from megalite.training.engine import EngineError, _restore_buffers, check_version
+
+
+def test_buffers_that_are_state_outlive_a_cast_and_a_move_in_fp32_and_with_their_specs():
+    """A move to a GPU makes new tensors, which carry no spec; a cast does here what the move does there."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    spec = whole_spec(ParallelContext(), "bias_sum", (2,), is_summed=False)
+    register_state(module[0], "bias_sum", spec, 1 / 3)
+    state = {name: buffer for name, buffer in module.named_buffers() if hasattr(buffer, "spec")}
+    module.bfloat16()
+    assert not state_buffers(module)
+    _restore_buffers(module, state, torch.device("cpu"))
+    (buffer,) = state_buffers(module)
+    assert buffer is module[0].bias_sum and spec_of(buffer).name == "bias_sum"
+    assert buffer.dtype == torch.float32 and buffer[0] == torch.tensor(1 / 3)
 
 
 @pytest.mark.parametrize("version", ["0.19.8", "0.19.9", "0.19.8+cpu", "0.19.12"])
