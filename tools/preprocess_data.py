@@ -6,7 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from megalite.data.encoding import Recipe
+from megalite.data.encoding import EncodingPlan
 from megalite.data.error import DataError
 from megalite.data.indexed_dataset import bin_path
 from megalite.data.indexed_writer import dtype_for
@@ -107,7 +107,7 @@ def job_from(arguments: argparse.Namespace) -> Job:
     limits = (arguments.append_eod, vocab_size, dtype_for(vocab_size), arguments.max_record_mib << 20)
     where = (arguments.dataset_config, arguments.dataset_split)
     return Job(
-        Recipe(place, keys, *limits),
+        EncodingPlan(place, keys, *limits),
         [find_source(name, keys, *where) for name in arguments.input],
         [f"{arguments.output_prefix}_{key}_document" for key in keys],
         arguments.workers,

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from tqdm import tqdm
 
-from megalite.data.encoding import Encoder, Recipe
+from megalite.data.encoding import Encoder, EncodingPlan
 from megalite.data.error import DataError
 from megalite.data.indexed_dataset import IndexedDataset
 from megalite.data.indexed_writer import dtype_for
@@ -108,8 +108,8 @@ def prepare_default_data(
     if not _is_complete(prefix, made_from):
         Path(f"{prefix}.json").unlink(missing_ok=True)
         size = tokenizer.vocab_size
-        recipe = Recipe(Loaded(tokenizer), ("text",), True, size, dtype_for(size), sys.maxsize)
-        preprocess(Job(recipe, [StandardLibrary(max_bytes)], [prefix]))
+        plan = EncodingPlan(Loaded(tokenizer), ("text",), True, size, dtype_for(size), sys.maxsize)
+        preprocess(Job(plan, [StandardLibrary(max_bytes)], [prefix]))
         write_text(f"{prefix}.json", json.dumps(made_from, indent=2) + "\n")
     return prefix
 

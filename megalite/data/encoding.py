@@ -33,7 +33,7 @@ class EncoderSource(Protocol):
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EncodingPlan:
     """How blocks become ids; the same for all workers.
 
     With `append_eod` the end-of-text id closes each document that has tokens. An id that is not in
@@ -57,14 +57,14 @@ class Encoded:
     bad_records: list[tuple[int, str]]
 
 
-def encode_block(recipe: Recipe, block: InputBlock) -> Encoded:
+def encode_block(plan: EncodingPlan, block: InputBlock) -> Encoded:
     """Read the records of a block and encode their texts. Raises DataError for an id that is not allowed."""
-    found, encoder = block.read(recipe.keys, recipe.max_record_bytes), load_encoder(recipe.tokenizer)
+    found, encoder = block.read(plan.keys, plan.max_record_bytes), load_encoder(plan.tokenizer)
 
     def name(text: int) -> str:
         return block.describe(found.numbers[text])
 
-    rows = [encode_texts(texts, encoder, recipe, name) for texts in found.texts]
+    rows = [encode_texts(texts, encoder, plan, name) for texts in found.texts]
     return Encoded(rows, found.num_records, found.bad_records)
 
 
@@ -75,14 +75,14 @@ def load_encoder(tokenizer: EncoderSource) -> Encoder:
 
 
 def encode_texts(
-    texts: list[str], encoder: Encoder, recipe: Recipe, name: Callable[[int], str]
+    texts: list[str], encoder: Encoder, plan: EncodingPlan, name: Callable[[int], str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ids of all texts back to back, in the recipe's dtype, and their lengths i64 [texts], 0 without tokens.
+    """Ids of all texts back to back, in the plan's dtype, and their lengths i64 [texts], 0 without tokens.
 
-    Raises DataError with the `name` of the text for an id that the recipe does not allow.
+    Raises DataError with the `name` of the text for an id that the plan does not allow.
     """
     rows = encoder.encode_batch(texts)
-    end = [encoder.eos_token_id] if recipe.append_eod else []
+    end = [encoder.eos_token_id] if plan.append_eod else []
     ids = array("q")  # half the time of np.fromiter
     for row in rows:
         ids.fromlist(row)
@@ -91,6 +91,6 @@ def encode_texts(
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     lengths[lengths > 0] += len(end)
     tokens = np.frombuffer(ids, np.int64)
-    limit = min(recipe.vocab_size, int(np.iinfo(recipe.dtype).max) + 1)
+    limit = min(plan.vocab_size, int(np.iinfo(plan.dtype).max) + 1)
     check_ids(tokens, limit, lambda at: name(int(np.searchsorted(np.cumsum(lengths), at, side="right"))))
-    return tokens.astype(recipe.dtype), lengths
+    return tokens.astype(plan.dtype), lengths

@@ -7,7 +7,7 @@ from itertools import chain
 
 from tqdm import tqdm
 
-from megalite.data.encoding import Encoded, Recipe
+from megalite.data.encoding import Encoded, EncodingPlan
 from megalite.data.error import DataError
 from megalite.data.indexed_writer import IndexedDatasetWriter
 from megalite.data.input_block import InputBlock
@@ -41,9 +41,9 @@ class BadRecords:
 
 @dataclass
 class Job:
-    """What to read, how to encode it, and the prefix to write per key of the recipe."""
+    """What to read, how to encode it, and the prefix to write per key of the plan."""
 
-    recipe: Recipe
+    plan: EncodingPlan
     sources: Sequence[Source]
     prefixes: Sequence[str]
     workers: int = 0
@@ -55,11 +55,11 @@ def preprocess(job: Job, progress: bool = False) -> list[IndexedDatasetWriter]:
 
     Raises DataError for what cannot be read, too many bad records, an id outside the vocabulary, or no token.
     """
-    recipe, inputs = job.recipe, job.sources
-    blocks = chain.from_iterable(source.blocks(recipe.max_record_bytes) for source in inputs)
+    plan, inputs = job.plan, job.sources
+    blocks = chain.from_iterable(source.blocks(plan.max_record_bytes) for source in inputs)
     with ExitStack() as stack:
-        writers = [stack.enter_context(IndexedDatasetWriter(prefix, recipe.dtype)) for prefix in job.prefixes]
-        encoded_blocks = stack.enter_context(closing(encode_in_order(recipe, blocks, job.workers)))
+        writers = [stack.enter_context(IndexedDatasetWriter(prefix, plan.dtype)) for prefix in job.prefixes]
+        encoded_blocks = stack.enter_context(closing(encode_in_order(plan, blocks, job.workers)))
         bar = tqdm(
             total=total_bytes(inputs), desc="tokenize", unit="B", unit_scale=True, disable=not progress
         )

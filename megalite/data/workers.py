@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from multiprocessing import get_context, parent_process
 
-from megalite.data.encoding import Encoded, Recipe, encode_block, load_encoder
+from megalite.data.encoding import Encoded, EncodingPlan, encode_block, load_encoder
 from megalite.data.error import DataError
 from megalite.data.input_block import InputBlock
 
@@ -20,26 +20,26 @@ _BLOCKS_IN_FLIGHT = 6  # per worker: it never waits, and memory stays flat
 
 
 def encode_in_order(
-    recipe: Recipe, blocks: Iterable[InputBlock], workers: int
+    plan: EncodingPlan, blocks: Iterable[InputBlock], workers: int
 ) -> Generator[tuple[InputBlock, Encoded], None, None]:
     """Blocks with their ids, in order; with 0 workers by this process itself. Close it when stopping early.
 
-    Raises DataError for an id that the recipe does not allow, and when a worker process dies.
+    Raises DataError for an id that the plan does not allow, and when a worker process dies.
     """
     if workers == 0:
-        return ((block, encode_block(recipe, block)) for block in blocks)
-    return _encode_in_processes(recipe, blocks, workers)
+        return ((block, encode_block(plan, block)) for block in blocks)
+    return _encode_in_processes(plan, blocks, workers)
 
 
 def _encode_in_processes(
-    recipe: Recipe, blocks: Iterable[InputBlock], workers: int
+    plan: EncodingPlan, blocks: Iterable[InputBlock], workers: int
 ) -> Generator[tuple[InputBlock, Encoded], None, None]:
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (recipe,))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (plan,))
     flying: deque[tuple[InputBlock, Future[Encoded]]] = deque()
     try:
         for block in blocks:
             with _signals_waiting():
-                flying.append((block, pool.submit(encode_block, recipe, block)))
+                flying.append((block, pool.submit(encode_block, plan, block)))
             if len(flying) >= _BLOCKS_IN_FLIGHT * workers:
                 done, future = flying.popleft()
                 yield done, future.result()
@@ -74,13 +74,13 @@ def _signals_waiting() -> Iterator[None]:
             signal.raise_signal(caught)
 
 
-def _start_worker(recipe: Recipe) -> None:
+def _start_worker(plan: EncodingPlan) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
     parent = parent_process()  # os.getppid() may be another one already
     assert parent is not None
     signal.signal(signal.SIGALRM, partial(_exit_without_parent, parent.pid))
     signal.setitimer(signal.ITIMER_REAL, _SECONDS_BETWEEN_LOOKS, _SECONDS_BETWEEN_LOOKS)
-    load_encoder(recipe.tokenizer)
+    load_encoder(plan.tokenizer)
 
 
 def _exit_without_parent(parent: int | None, *_: object) -> None:

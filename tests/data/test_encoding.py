@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from megalite.data.encoding import Recipe, encode_texts
+from megalite.data.encoding import EncodingPlan, encode_texts
 from megalite.data.error import DataError
 
 
@@ -16,8 +16,8 @@ class Letters:
 
 def encode(texts, append_eod=False, vocab_size=27, names=("first", "second", "third")):
     letters = Letters()
-    recipe = Recipe(letters, ("text",), append_eod, vocab_size, np.dtype("u2"), 99)
-    return encode_texts(texts, letters, recipe, names.__getitem__)
+    plan = EncodingPlan(letters, ("text",), append_eod, vocab_size, np.dtype("u2"), 99)
+    return encode_texts(texts, letters, plan, names.__getitem__)
 
 
 def test_the_end_of_text_closes_documents_that_have_tokens():
