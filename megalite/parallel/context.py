@@ -63,6 +63,7 @@ class ParallelContext:
         self.device = device or torch.device("cpu")
         self.tied_group = tied_group
         self._groups = groups or {}
+        self._ranks: dict[tuple[str, ...], Ranks] = {}  # what was asked for: layers ask in every forward
 
     @classmethod
     def build(cls, topology: Topology, rank: int, device: torch.device) -> "ParallelContext":
@@ -83,8 +84,11 @@ class ParallelContext:
     def __getitem__(self, axes: str | tuple[str, ...]) -> Ranks:
         """The ranks along an axis, or along several together."""
         names = (axes,) if isinstance(axes, str) else axes
-        members = self.topology.members(self.rank, *names)
-        return Ranks(names, self._groups.get(names), len(members), members.index(self.rank))
+        if names not in self._ranks:
+            members = self.topology.members(self.rank, *names)
+            place = members.index(self.rank)
+            self._ranks[names] = Ranks(names, self._groups.get(names), len(members), place)
+        return self._ranks[names]
 
 
 def _is_needed(topology: Topology, axes: tuple[str, ...]) -> bool:

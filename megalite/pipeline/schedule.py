@@ -13,6 +13,9 @@ from typing import Literal
 
 from megalite.error import UserError
 
+Verb = Literal["send", "receive"]
+Kind = Literal["activation", "gradient"]
+
 
 @dataclass(frozen=True)
 class Forward:
@@ -43,8 +46,8 @@ class Transfer:
         chunk: which of this stage's chunks made it, or is to use it.
     """
 
-    verb: Literal["send", "receive"]
-    kind: Literal["activation", "gradient"]
+    verb: Verb
+    kind: Kind
     micro_batch: int
     peer: int
     chunk: int = 0
@@ -155,24 +158,18 @@ def _exchange(
     previous one.
     """
     following, previous = stage + 1, stage - 1
+    rows: list[tuple[Verb, Kind, int | None, int]] = [
+        ("send", "activation", send_forward, following),
+        ("receive", "gradient", recv_backward, following),
+        ("send", "gradient", send_backward, previous),
+        ("receive", "activation", recv_forward, previous),
+    ]
     transfers = tuple(
         Transfer(verb, kind, micro_batch, peer)
-        for verb, kind, micro_batch, peer in _rows(
-            ("send", "activation", send_forward, following),
-            ("receive", "gradient", recv_backward, following),
-            ("send", "gradient", send_backward, previous),
-            ("receive", "activation", recv_forward, previous),
-        )
+        for verb, kind, micro_batch, peer in rows
         if micro_batch is not None and 0 <= peer < num_stages
     )
     return [Exchange(transfers)] if transfers else []
-
-
-_Row = tuple[Literal["send", "receive"], Literal["activation", "gradient"], int | None, int]
-
-
-def _rows(*rows: _Row) -> tuple[_Row, ...]:
-    return rows
 
 
 def _check(stage: int, num_stages: int, num_micro_batches: int) -> None:
