@@ -204,7 +204,7 @@ def run_example(rank: int) -> tuple[float, int, torch.Tensor]:
     names: dict[str, Any] = {"__name__": "__main__"}
     exec(code, names)
     weight = names["layer"].up.weight
-    return names["loss"].item(), weight.spec.num_pieces, weight.grad
+    return names["loss"].item(), weight.spec.cuts[0].num_pieces, weight.grad
 
 
 def test_the_example_gives_the_same_loss_and_gradients_on_one_and_two_processes():

@@ -151,7 +151,7 @@ class Tracer:
     def _listen(self, name: str, module: nn.Module) -> None:
         if isinstance(module, MergedColumnLinear):
             weights = [spec_of(getattr(module, f"{column.name}_weight")) for column in module.columns]
-            places = [(spec.name.removesuffix(".weight"), str(spec.cut_over)) for spec in weights]
+            places = [(spec.name.removesuffix(".weight"), spec.cuts[0].over) for spec in weights]
         elif isinstance(module, ColumnParallelLinear):
             places = [(name, "tp")]
         else:

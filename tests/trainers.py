@@ -8,7 +8,7 @@ import torch
 from megalite.batch import IGNORED, Batch
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.model import ModelConfig
-from megalite.config.run import DataConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megalite.config.run import BalancingConfig, DataConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megalite.parallel.context import ParallelContext
 from megalite.training.trainer import StageTrainer, build_context
 
@@ -22,6 +22,22 @@ MODEL = ModelConfig(
     num_key_value_heads=2,
     initializer_range=0.08,
 )
+# Two dense layers would hide an expert's; the first layer shows that stages may be without experts.
+EXPERTS = MODEL.model_copy(
+    update={
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 1.5,
+    }
+)
+SOFTMAX = EXPERTS.model_copy(
+    update={"scoring_func": "softmax", "norm_topk_prob": False, "router_aux_loss_coef": 0.05}
+)
+MODELS = {"dense": MODEL, "experts": EXPERTS, "softmax": SOFTMAX}
+BIAS_RATE = 0.01
 TIED = MODEL.model_copy(update={"tie_word_embeddings": True})
 # Not the defaults, so that a default in the place of a setting shows; the references state them again.
 ADAM = OptimizerConfig(learning_rate=3e-3, beta1=0.8, beta2=0.93, epsilon=1e-7, weight_decay=0.3)
@@ -42,6 +58,10 @@ class Case:
     gathering: str = "step"
     precision: str = "fp32"
     documents: bool = False
+    model_kind: str = "dense"
+    ep: int = 1
+    rule: str = "sign"
+    padded: bool = False  # tokens that only fill up a sample
     uneven: bool = False  # labels that do not count, and weights, unlike in every micro batch
 
     def __str__(self) -> str:
@@ -59,20 +79,23 @@ class Case:
 
     @property
     def model(self) -> ModelConfig:
-        return TIED if self.tied else MODEL
+        return MODELS[self.model_kind].model_copy(update={"tie_word_embeddings": self.tied})
 
 
 def run_config(case: Case, optimizer: OptimizerConfig = ADAM, **sections: Any) -> RunConfig:
     parallel = ParallelConfig(
         tp_size=case.tp,
         pp_size=case.pp,
+        ep_size=case.ep,
         sequence_parallel=case.sp,
         pipeline_schedule=case.schedule,
         parameter_gathering=case.gathering,
         recompute=case.recompute,
     )
     data = DataConfig(seq_length=SEQ_LENGTH)
+    balancing = BalancingConfig(rule=case.rule, update_rate=BIAS_RATE)
     facts = {"model": case.model, "parallel": parallel, "data": data, "optimizer": optimizer, "seed": SEED}
+    facts |= {"balancing": balancing}
     return RunConfig(**facts | sections)
 
 
@@ -98,11 +121,11 @@ def build_trainer(
     return StageTrainer(run, deepspeed_config(case, **zero_options), context)
 
 
-def global_batch(step: int, *, documents: bool = False, uneven: bool = False) -> Batch:
+def global_batch(step: int, *, documents: bool = False, uneven: bool = False, padded: bool = False) -> Batch:
     """The samples of a step [BATCH, s], the same on every rank."""
     generator = torch.Generator().manual_seed(1000 + step)
     tokens = torch.randint(MODEL.vocab_size, (BATCH, SEQ_LENGTH + 1), generator=generator)
-    starts = weights = None
+    starts = weights = padding = None
     labels = tokens[:, 1:]
     if documents:
         border = torch.randint(1, SEQ_LENGTH, (BATCH, 1), generator=generator)
@@ -111,12 +134,16 @@ def global_batch(step: int, *, documents: bool = False, uneven: bool = False) ->
         counted = torch.arange(SEQ_LENGTH) < 1 + 2 * torch.arange(BATCH).unsqueeze(1)  # 1, 3, 5, ... labels
         labels = labels.where(counted, IGNORED)
         weights = torch.rand(BATCH, SEQ_LENGTH, generator=generator)
-    return Batch(tokens[:, :-1], labels, weights, document_starts=starts)
+    if padded:
+        lengths = 1 + torch.arange(BATCH).unsqueeze(1) * 2  # 1, 3, 5, ... tokens are real
+        padding = torch.arange(SEQ_LENGTH) >= lengths
+    return Batch(tokens[:, :-1], labels, weights, document_starts=starts, padding=padding)
 
 
 def micro_batches(step: int, context: ParallelContext, case: Case | None = None) -> list[Batch]:
     """This rank's part of a global batch."""
-    documents, uneven = (case.documents, case.uneven) if case else (False, False)
+    case = case or Case()
+    batch = global_batch(step, documents=case.documents, uneven=case.uneven, padded=case.padded)
     dp = context["dp"]
-    mine = global_batch(step, documents=documents, uneven=uneven).split(dp.size)[dp.rank]
+    mine = batch.split(dp.size)[dp.rank]
     return mine.split(BATCH // dp.size // MICRO_BATCH)

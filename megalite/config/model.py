@@ -40,7 +40,10 @@ class RopeScalingConfig(Section):
 
 
 class ModelConfig(Section):
-    """A dense Llama decoder: RMSNorm, rotary positions, grouped-query attention, gated MLP."""
+    """A Llama decoder: RMSNorm, rotary positions, grouped-query attention, gated MLP, or experts of them.
+
+    Experts have the field names of Hugging Face's Glm4MoeConfig, and of DeepSeek's where that has none.
+    """
 
     vocab_size: PositiveInt = Field(257, description="Rows of the embedding, in tokens, before any padding.")
     hidden_size: PositiveInt = Field(192, description="Width of the residual stream, in features.")
@@ -70,6 +73,25 @@ class ModelConfig(Section):
     rope_scaling: RopeScalingConfig | None = Field(
         None, description="Stretching of the rotary frequencies; null means none."
     )
+    n_routed_experts: NonNegativeInt = Field(
+        0, description="Experts among which a router chooses for each token; 0 means a dense model."
+    )
+    num_experts_per_tok: PositiveInt = Field(2, description="Routed experts that each token goes to.")
+    n_shared_experts: NonNegativeInt = Field(
+        0, description="Experts that every token goes to: one MLP of so many times an expert's width."
+    )
+    moe_intermediate_size: PositiveInt | None = Field(None, description="Width of one expert, in features.")
+    first_k_dense_replace: NonNegativeInt = Field(
+        0, description="Number of first layers that have a dense MLP in place of experts."
+    )
+    scoring_func: Literal["sigmoid", "softmax"] = Field(
+        "sigmoid", description="How a router's logits become scores, from which gates are made."
+    )
+    norm_topk_prob: bool = Field(True, description="Whether the gates of a token are scaled to a sum of 1.")
+    routed_scaling_factor: PositiveFloat = Field(1.0, description="Multiplies the gates.")
+    router_aux_loss_coef: NonNegativeFloat = Field(
+        0.0, description="Weight of the balancing loss of each layer's router, per sample; 0 means none."
+    )
     bos_token_id: NonNegativeInt | None = Field(None, description="Token that begins a text, if any.")
     eos_token_id: NonNegativeInt | None = Field(None, description="Token that ends a document, if any.")
     pad_token_id: NonNegativeInt | None = Field(None, description="Token that fills a batch, if any.")
@@ -91,6 +113,44 @@ class ModelConfig(Section):
                 f"change one, or set head_dim"
             )
         return hidden // heads
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether a decoder layer has routed experts in place of the dense MLP."""
+        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
+
+    @property
+    def shared_intermediate_size(self) -> int:
+        """Width of the shared experts, which are one MLP; 0 where there are none."""
+        return self.n_shared_experts * (self.moe_intermediate_size or 0)
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> Self:
+        experts, chosen = self.n_routed_experts, self.num_experts_per_tok
+        if not experts:
+            if self.n_shared_experts or self.moe_intermediate_size:
+                raise ValueError("there are experts' sizes and n_routed_experts 0: set n_routed_experts")
+            return self
+        if self.moe_intermediate_size is None:
+            width = "n_routed_experts and n_shared_experts" if self.n_shared_experts else "n_routed_experts"
+            raise ValueError(f"{width} have no width: set moe_intermediate_size")
+        if experts < max(2, chosen):
+            raise ValueError(
+                f"n_routed_experts {experts} is fewer than num_experts_per_tok {chosen} or than 2: "
+                "use more experts, or choose fewer of them"
+            )
+        if self.first_k_dense_replace >= self.num_hidden_layers:
+            raise ValueError(
+                f"first_k_dense_replace {self.first_k_dense_replace} leaves no layer of num_hidden_layers "
+                f"{self.num_hidden_layers} to the experts: lower it, or set n_routed_experts=0"
+            )
+        if chosen == 1 and self.norm_topk_prob:
+            raise ValueError(
+                "the gate of num_experts_per_tok 1 is always 1 with norm_topk_prob, and the router would "
+                "learn nothing: set norm_topk_prob=false"
+            )
+        if self.mlp_bias:
+            raise ValueError("experts have no biases: set mlp_bias=false")
+        return self
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:

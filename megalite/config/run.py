@@ -20,6 +20,9 @@ class ParallelConfig(Section):
 
     tp_size: PositiveInt = Field(1, description="Ranks that share each layer (tensor parallelism).")
     pp_size: PositiveInt = Field(1, description="Stages that the layers are cut into (pipeline parallelism).")
+    ep_size: PositiveInt = Field(
+        1, description="Data-parallel ranks that share each layer's experts (expert parallelism); ZeRO-3."
+    )
     sequence_parallel: bool = Field(
         True, description="Whether activations between layers are cut over tp along the sequence."
     )
@@ -104,6 +107,17 @@ class OptimizerConfig(Section):
     weight_decay: NonNegativeFloat = Field(0.1, description="Decay of the weights, per unit learning rate.")
 
 
+class BalancingConfig(Section):
+    """How experts are kept equally busy: once per optimizer step, by the tokens of the global batch."""
+
+    rule: Literal["none", "sign", "quantile"] = Field(
+        "sign",
+        description="How the routers' selection biases move: not, by a fixed step (arXiv 2408.15664), or to "
+        "the quantile of the scores that would have given each expert its share.",
+    )
+    update_rate: PositiveFloat = Field(1e-3, description="Step of the sign rule, in units of the score.")
+
+
 class ScheduleConfig(Section):
     """How long to train, and the learning rate along the way."""
 
@@ -160,6 +174,7 @@ class RunConfig(Section):
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Layout over ranks.")
     data: DataConfig = Field(default_factory=DataConfig, description="Source of the tokens.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer.")
+    balancing: BalancingConfig = Field(default_factory=BalancingConfig, description="Load of experts.")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Length and learning rate.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving.")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Measuring and showing.")
@@ -167,6 +182,16 @@ class RunConfig(Section):
         1234, le=2**32 - 1, description="Seed of the initial weights and of the data's order."
     )
     output_dir: str = Field("runs/default", description="Folder that receives all that the run writes.")
+
+    @model_validator(mode="after")
+    def _quantile_has_a_choice(self) -> Self:
+        experts, chosen = self.model.n_routed_experts, self.model.num_experts_per_tok
+        if experts and self.balancing.rule == "quantile" and experts == chosen:
+            raise ValueError(
+                f"balancing.rule 'quantile' has no choice: every token goes to all {experts} experts: "
+                "set balancing.rule=none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _learning_rate_falls(self) -> Self:
@@ -187,6 +212,7 @@ class RunConfig(Section):
                 f"start a multiple of {tp_size * pp_size}, or change parallel.tp_size or parallel.pp_size"
             )
         self._check_tensor_parallel(tp_size)
+        self._check_experts(world_size // (tp_size * pp_size))
         self._check_sequence(tp_size)
         layers = self.model.num_hidden_layers
         if layers < pp_size:
@@ -199,6 +225,7 @@ class RunConfig(Section):
     def _check_tensor_parallel(self, tp_size: int) -> None:
         heads, kv_heads = self.model.num_attention_heads, self.model.num_key_value_heads
         sizes = {"num_attention_heads": heads, "intermediate_size": self.model.intermediate_size}
+        sizes |= {"moe_intermediate_size": self.model.moe_intermediate_size or 0}
         for name, size in sizes.items():
             if size % tp_size:
                 raise ConfigError(
@@ -210,6 +237,18 @@ class RunConfig(Section):
                 f"model.num_key_value_heads {kv_heads} and parallel.tp_size {tp_size} do not fit: "
                 f"use a tp_size that divides {kv_heads} or is a multiple of it"
             )
+
+    def _check_experts(self, dp_size: int) -> None:
+        ep_size, experts = self.parallel.ep_size, self.model.n_routed_experts
+        if ep_size == 1:
+            return
+        if not experts:
+            raise ConfigError(f"parallel.ep_size {ep_size} and no experts: set model.n_routed_experts, or 1")
+        for what, size in {"model.n_routed_experts": experts, "the data-parallel ranks": dp_size}.items():
+            if size % ep_size:
+                raise ConfigError(
+                    f"parallel.ep_size {ep_size} does not divide {what}, {size}: use a divisor of {size}"
+                )
 
     def _check_sequence(self, tp_size: int) -> None:
         seq_length, longest = self.data.seq_length, self.model.max_position_embeddings

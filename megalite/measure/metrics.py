@@ -23,6 +23,12 @@ TENSORBOARD_TAGS = {
     "mfu": "speed/mfu",
     "step_seconds": "speed/step_seconds",
 }
+EXPERT_TAGS = {  # of runs that have any
+    "expert_largest_violation": "experts/largest_violation",
+    "expert_bias_min": "experts/bias_min",
+    "expert_bias_max": "experts/bias_max",
+    "auxiliary_loss": "loss/auxiliary",
+}
 
 
 @dataclass(frozen=True)
@@ -79,10 +85,12 @@ class Metrics:
         grad_norm: float,
         learning_rate: float,
         step_seconds: float,
+        expert_tokens: dict[int, list[int]] | None = None,
         **further: float | None,
     ) -> None:
         """Keep and show one optimizer step (1-based). Losses are in nats per token.
 
+        expert_tokens: layer -> tokens that chose each expert, where they are to be kept.
         further: numbers that not every step or run has, by name, such as `validation_loss`; None is left out.
         """
         row: dict[str, Any] = {
@@ -96,10 +104,13 @@ class Metrics:
         }
         assert not further.keys() & row.keys(), "a number has one name"
         row |= {name: number for name, number in further.items() if number is not None}
+        row |= {} if expert_tokens is None else {"expert_tokens": expert_tokens}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         if self._tensorboard:
-            _write_scalars(self._tensorboard, row, TENSORBOARD_TAGS | _more_tags(further))
+            tags = TENSORBOARD_TAGS | EXPERT_TAGS | _more_tags(further)
+            scalars = {tag: row[name] for name, tag in tags.items() if name in row}
+            _write_scalars(self._tensorboard, step, scalars | _expert_scalars(expert_tokens or {}))
         self._rows.append(row)
         self._progress.show(row)
 
@@ -152,11 +163,18 @@ def _open_tensorboard(run_dir: Path, last_step: int) -> "SummaryWriter":
 
 
 def _more_tags(names: Iterable[str]) -> dict[str, str]:
-    return {name: f"more/{name}" for name in names if name not in TENSORBOARD_TAGS}
+    return {name: f"more/{name}" for name in names if name not in TENSORBOARD_TAGS | EXPERT_TAGS}
 
 
-def _write_scalars(tensorboard: "SummaryWriter", row: dict[str, Any], tags: dict[str, str]) -> None:
-    for name, tag in tags.items():
-        if name in row:
-            tensorboard.add_scalar(tag, row[name], row["step"])
+def _expert_scalars(tokens: dict[int, list[int]]) -> dict[str, float]:
+    return {
+        f"experts/layer_{layer}/tokens_of_{expert}": count
+        for layer, counts in tokens.items()
+        for expert, count in enumerate(counts)
+    }
+
+
+def _write_scalars(tensorboard: "SummaryWriter", step: int, scalars: dict[str, float]) -> None:
+    for tag, value in scalars.items():
+        tensorboard.add_scalar(tag, value, step)
     tensorboard.flush()

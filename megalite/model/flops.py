@@ -9,10 +9,11 @@ from math import ceil
 
 from megalite.config.deepspeed import Precision
 from megalite.config.model import ModelConfig
-from megalite.model.table import layer_table, model_table
+from megalite.model.table import TensorRow, layer_table, model_table
 
 FLOPS_FORMULA = (
-    "6 x matmul parameters (output layer counted, embedding lookup and norms not) + "
+    "6 x matmul parameters (output layer counted, embedding lookup and norms not; of routed experts those "
+    "that a token chooses) + "
     "12 x layers x heads x head_dim x seq_length (attention in full, the causal half is not subtracted); "
     "recomputation is not counted"
 )
@@ -25,9 +26,20 @@ def num_parameters(config: ModelConfig) -> int:
     return sum(row.num_elements for row in model_table(config))
 
 
-def parameters_per_layer(config: ModelConfig, tp_size: int = 1) -> int:
+def num_active_parameters(config: ModelConfig) -> int:
+    """Of these the ones that take part in one token: of the routed experts those that it chooses."""
+    return sum(_active(row, config) for row in model_table(config))
+
+
+def _active(row: TensorRow, config: ModelConfig) -> int:
+    if row.kind != "expert":
+        return row.num_elements
+    return row.num_elements // config.n_routed_experts * config.num_experts_per_tok
+
+
+def parameters_per_layer(config: ModelConfig, tp_size: int = 1, layer: int = 0) -> int:
     """Numbers of one decoder layer on one tensor-parallel rank; key and value heads have copies beyond K."""
-    return sum(row.num_local_elements(tp_size) for row in layer_table(config, 0))
+    return sum(row.num_local_elements(tp_size) for row in layer_table(config, layer))
 
 
 def flops_per_token(config: ModelConfig, seq_length: int) -> int:
@@ -36,7 +48,8 @@ def flops_per_token(config: ModelConfig, seq_length: int) -> int:
     6 per matmul parameter and 12 L A d s for attention: PaLM (arXiv 2204.02311), appendix B. It agrees with
     equation 3 of Megatron-LM (arXiv 2104.04473) without its recomputed forward.
     """
-    matrices = sum(row.num_elements for row in model_table(config) if row.kind == "matrix")
+    used = [row for row in model_table(config) if row.kind in ("matrix", "expert")]
+    matrices = sum(_active(row, config) for row in used)
     head = config.vocab_size * config.hidden_size
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_length
     return 6 * (matrices + head) + attention
@@ -105,7 +118,11 @@ def model_state_bytes_per_rank(
 
 
 def parameters_of_fullest_stage(config: ModelConfig, tp_size: int = 1, pp_size: int = 1) -> int:
-    """Upper bound of the numbers on one rank before ZeRO: ceil(L/p) layers beside the head and last norm."""
+    """Upper bound of the numbers on one rank before ZeRO: ceil(L/p) layers, the largest, head and last norm.
+
+    Experts are counted as on one rank: spread over ep, ZeRO-3 cuts them into as many pieces in all.
+    """
     tables = 2 if pp_size == 1 and not config.tie_word_embeddings else 1
     ends = tables * config.vocab_size * config.hidden_size // tp_size + config.hidden_size
-    return ends + ceil(config.num_hidden_layers / pp_size) * parameters_per_layer(config, tp_size)
+    layers = [parameters_per_layer(config, tp_size, layer) for layer in range(config.num_hidden_layers)]
+    return ends + sum(sorted(layers)[-ceil(len(layers) / pp_size) :])

@@ -5,6 +5,7 @@ parallelism activations between blocks are [s/t, b, h].
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -17,15 +18,16 @@ from megalite.config.model import ModelConfig
 from megalite.model.block import DecoderBlock
 from megalite.model.init import llama_initializer
 from megalite.model.loss import next_token_loss
+from megalite.model.moe import MixtureOfExperts, TopKRouter, unobserved
 from megalite.model.rope import RotaryEmbedding
 from megalite.model.share import StageShare
 from megalite.model.spans import AttentionSpans
-from megalite.model.table import TensorRow, model_table
+from megalite.model.table import buffer_table, model_table
 from megalite.parallel.embedding import VocabParallelEmbedding, vocabulary_spec
 from megalite.parallel.linear import ColumnParallelLinear
 from megalite.parallel.norm import ParallelRMSNorm
 from megalite.parallel.plan import LayerPlan
-from megalite.parallel.shard import sharded_parameter, spec_of
+from megalite.parallel.shard import sharded_parameter, spec_of, state_buffers
 
 EMBEDDING_NAME = "model.embed_tokens"
 Loss = Callable[[torch.Tensor, Batch], torch.Tensor]
@@ -63,7 +65,12 @@ class LlamaStage(nn.Module):
         rotary, attention_too = RotaryEmbedding(config), recompute == "selective"
         blocks = {
             str(i): DecoderBlock(
-                config, rotary, plan, name=f"model.layers.{i}", recompute_attention=attention_too
+                config,
+                rotary,
+                plan,
+                name=f"model.layers.{i}",
+                has_experts=config.has_experts(i),
+                recompute_attention=attention_too,
             )
             for i in share.layers
         }
@@ -73,7 +80,7 @@ class LlamaStage(nn.Module):
         if share.has_head:
             self.norm, self.lm_head = self._head(plan)
         self.loss = loss or partial(next_token_loss, vocab_size=config.vocab_size, group=plan.tp_group)
-        check_against_table(self, model_table(config))
+        check_against_table(self, config)
 
     def _embedding(self, plan: LayerPlan) -> VocabParallelEmbedding:
         config = self.config
@@ -98,6 +105,11 @@ class LlamaStage(nn.Module):
         assert plan.init is not None
         return sharded_parameter(spec.tied_over_stages(copy=1) if tied else spec, plan.init, plan.dtype)
 
+    def routers(self) -> dict[int, TopKRouter]:
+        """The routers of the layers with experts, by layer."""
+        mlps = {int(i): block.mlp for i, block in self.layers.items()}
+        return {i: mlp.gate for i, mlp in mlps.items() if isinstance(mlp, MixtureOfExperts)}
+
     def forward(self, x: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         """One micro batch through this share.
 
@@ -111,30 +123,37 @@ class LlamaStage(nn.Module):
             x = self.embed_tokens(batch.input_ids.T)
         assert x is not None
         spans = AttentionSpans.of(batch)
+        padding = None if batch.padding is None else batch.padding.T
         for block in self.layers.values():
             # By keyword: ZeRO-3's hooks look into positional arguments for tensors to watch.
             if self.recompute == "full" and torch.is_grad_enabled():
-                x = checkpoint(block, x, spans=spans, use_reentrant=False)
+                once = partial(_observed_once, block)
+                x = checkpoint(block, x, spans=spans, padding=padding, use_reentrant=False, context_fn=once)
             else:
-                x = block(x, spans=spans)
+                x = block(x, spans=spans, padding=padding)
         if self.lm_head is None or self.norm is None:
             return x
         logits = self.lm_head(self.norm(x))
         return logits if batch.labels is None else self.loss(logits, batch)
 
 
-def check_against_table(stage: LlamaStage, table: list[TensorRow]) -> None:
+def _observed_once(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The contexts of a block's forward and of its repetition in backward."""
+    return nullcontext(), unobserved(block)
+
+
+def check_against_table(stage: LlamaStage, config: ModelConfig) -> None:
     """Raise AssertionError unless the stage holds the table's tensors of its share, cut as the rows say."""
     share = stage.share
     ends = {"model.embed_tokens.weight": share.has_embedding, "model.norm.weight": share.has_head}
     ends |= {"lm_head.weight": share.has_head}
-    if stage.config.tie_word_embeddings:
+    if config.tie_word_embeddings:
         ends["model.embed_tokens.weight"] |= share.has_head
     expected = {
-        (row.name, row.shape, row.dim)
-        for row in table
+        (row.name, row.shape, row.cut_dims)
+        for row in model_table(config) + buffer_table(config)
         if (row.layer in share.layers if row.layer is not None else ends[row.name])
     }
-    specs = map(spec_of, stage.parameters())
-    held = {(spec.name, spec.full_shape, spec.dim) for spec in specs}
+    specs = map(spec_of, [*stage.parameters(), *state_buffers(stage)])
+    held = {(spec.name, spec.full_shape, tuple(cut.dim for cut in spec.cuts)) for spec in specs}
     assert held == expected, f"not as in the model's table: {sorted(map(str, held ^ expected))[0]}"

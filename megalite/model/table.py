@@ -1,7 +1,8 @@
 """One table of the model's tensors: name, shape, cut and kind, for every row of a Llama (pure arithmetic).
 
 Parameters and FLOPs are counted from it, checkpoints named, Hugging Face folders written, and each stage
-checks itself against it. Names and shapes are those of Hugging Face's LlamaForCausalLM.
+checks itself against it. Names and shapes are those of Hugging Face's LlamaForCausalLM, and with experts of
+Glm4MoeForCausalLM; the experts of a layer are one stack here, `[experts, out, in]`.
 """
 
 from collections.abc import Iterator
@@ -11,7 +12,8 @@ from typing import Literal
 
 from megalite.config.model import ModelConfig
 
-Kind = Literal["embedding", "head", "matrix", "norm", "bias"]
+BIAS = "e_score_correction_bias"
+Kind = Literal["embedding", "head", "matrix", "expert", "norm", "bias"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class TensorRow:
     Attributes:
         name: Hugging Face's.
         shape: of the whole tensor, without padding.
-        kind: what it is for; a "matrix" is multiplied with activations, a "head" too.
+        kind: what it is for; a "matrix" is multiplied with activations, a "head" too, of an "expert" stack
+            each token uses some entries.
         dim: the dimension that tensor parallelism cuts, None where every rank holds all of it.
         num_pieces: pieces that `dim` can be cut into at most, None for any number that divides it.
         layer: the decoder layer that it belongs to, None outside of them.
@@ -38,6 +41,12 @@ class TensorRow:
     def num_elements(self) -> int:
         """Numbers in the whole tensor."""
         return prod(self.shape)
+
+    @property
+    def cut_dims(self) -> tuple[int, ...]:
+        """All dimensions that are cut: experts along their number too, by expert parallelism."""
+        over_tp = () if self.dim is None else (self.dim,)
+        return (*over_tp, 0) if self.kind == "expert" else over_tp
 
     def num_local_elements(self, tp_size: int) -> int:
         """Numbers on one of `tp_size` tensor-parallel ranks, padding not counted."""
@@ -60,7 +69,7 @@ def model_table(config: ModelConfig) -> list[TensorRow]:
 
 def layer_table(config: ModelConfig, layer: int) -> list[TensorRow]:
     """The tensors of one decoder layer."""
-    width, inner = config.hidden_size, config.intermediate_size
+    width = config.hidden_size
     kv_heads = config.num_key_value_heads
     query, key = (heads * config.head_dim for heads in (config.num_attention_heads, kv_heads))
     prefix = f"model.layers.{layer}"
@@ -76,6 +85,26 @@ def layer_table(config: ModelConfig, layer: int) -> list[TensorRow]:
             bias_dim = 0 if dim == 0 else None
             yield TensorRow(f"{prefix}.{name}.bias", (out,), "bias", bias_dim, pieces, layer)
 
+    def mlp(name: str, inner: int) -> Iterator[TensorRow]:
+        yield from linear(f"{name}.gate_proj", inner, width, 0, config.mlp_bias)
+        yield from linear(f"{name}.up_proj", inner, width, 0, config.mlp_bias)
+        yield from linear(f"{name}.down_proj", width, inner, 1, config.mlp_bias)
+
+    def experts() -> Iterator[TensorRow]:
+        number, inner = config.n_routed_experts, config.moe_intermediate_size
+        assert inner is not None
+        yield TensorRow(f"{prefix}.mlp.gate.weight", (number, width), "matrix", layer=layer)
+        stacks = [
+            ("gate_proj", inner, width, 1),
+            ("up_proj", inner, width, 1),
+            ("down_proj", width, inner, 2),
+        ]
+        for name, out, into, dim in stacks:
+            full_name = f"{prefix}.mlp.experts.{name}.weight"
+            yield TensorRow(full_name, (number, out, into), "expert", dim, layer=layer)
+        if config.n_shared_experts:
+            yield from mlp("mlp.shared_experts", config.shared_intermediate_size)
+
     return [
         norm("input_layernorm"),
         *linear("self_attn.q_proj", query, width, 0, config.attention_bias),
@@ -83,7 +112,21 @@ def layer_table(config: ModelConfig, layer: int) -> list[TensorRow]:
         *linear("self_attn.v_proj", key, width, 0, config.attention_bias, kv_heads),
         *linear("self_attn.o_proj", width, query, 1, config.attention_bias),
         norm("post_attention_layernorm"),
-        *linear("mlp.gate_proj", inner, width, 0, config.mlp_bias),
-        *linear("mlp.up_proj", inner, width, 0, config.mlp_bias),
-        *linear("mlp.down_proj", width, inner, 1, config.mlp_bias),
+        *(experts() if config.has_experts(layer) else mlp("mlp", config.intermediate_size)),
     ]
+
+
+def buffer_table(config: ModelConfig) -> list[TensorRow]:
+    """Buffers that are state, fp32 in every precision: the routers' selection biases."""
+    shape = (config.n_routed_experts,)
+    return [
+        TensorRow(f"model.layers.{layer}.mlp.gate.{BIAS}", shape, "bias", layer=layer)
+        for layer in range(config.num_hidden_layers)
+        if config.has_experts(layer)
+    ]
+
+
+def expert_names(stack: str, num_experts: int) -> list[str]:
+    """Hugging Face's names of the entries of a stack of experts."""
+    before, after = stack.split(".experts.")
+    return [f"{before}.experts.{expert}.{after}" for expert in range(num_experts)]

@@ -15,6 +15,8 @@ GROUPS = [
     ("dp",),  # other samples: they divide the global batch
     DATA_AXES,  # the same weights: ZeRO partitions over them, and averages gradients
     MODEL_AXES,  # one whole model: the gradient norm spans them
+    ("ep",),  # other experts: tokens go to them
+    ("edp",),  # the same experts with other tokens: ZeRO partitions these over them
 ]
 
 
@@ -93,6 +95,8 @@ class ParallelContext:
 
 def _is_needed(topology: Topology, axes: tuple[str, ...]) -> bool:
     """One rank needs no group of its own, except where DeepSpeed would take None for the world."""
+    if axes == ("edp",):
+        return topology["ep"].size > 1  # else they are the data axes
     return axes in (DATA_AXES, MODEL_AXES) or any(topology[axis].size > 1 for axis in axes)
 
 

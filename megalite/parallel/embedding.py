@@ -57,7 +57,7 @@ class VocabParallelEmbedding(nn.Module):
         spec = vocabulary_spec(plan.context, full_name, (num_embeddings, embedding_dim))
         spec = spec.tied_over_stages(copy=0) if tied else spec
         self.num_local = spec.local_shape[0]
-        self.first_id = spec.piece * self.num_local
+        self.first_id = spec.cuts[0].piece * self.num_local
         self.weight = sharded_parameter(spec, plan.init or draw_like_embedding, plan.dtype)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:

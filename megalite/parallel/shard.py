@@ -3,12 +3,12 @@
 Each parameter carries one ShardSpec from birth. Initialisation, gradient norm, checkpoints and
 converters read it; there is no second table. ZeRO-3 erases `.shape`, so the spec holds it.
 
-A parameter is cut along one dimension at most, into contiguous pieces: query, key, value, gate and up
-are parameters of their own. So every local tensor is one box of the full one.
+Cuts are along whole dimensions, into contiguous pieces: query, key, value, gate and up are parameters of
+their own. So every local tensor is one box of the full one.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -22,17 +22,49 @@ Initializer = Callable[[str, tuple[int, ...]], torch.Tensor]  # (name, full shap
 
 
 @dataclass(frozen=True)
+class DimensionCut:
+    """One dimension of a parameter, cut into equal contiguous pieces.
+
+    Attributes:
+        dim: the dimension.
+        over: axis over whose ranks the pieces lie.
+        num_pieces: how many there are.
+        piece: which of them this rank holds.
+        size: of the dimension without padding.
+        padded_size: of what is cut, padding at its end included.
+    """
+
+    dim: int
+    over: str
+    num_pieces: int
+    piece: int
+    size: int
+    padded_size: int
+
+    @property
+    def local_size(self) -> int:
+        """Of this rank's piece, padding included."""
+        return self.padded_size // self.num_pieces
+
+    @property
+    def start(self) -> int:
+        """Where this rank's piece begins; at the end of the dimension where it is padding alone."""
+        return min(self.piece * self.local_size, self.size)
+
+    @property
+    def box_size(self) -> int:
+        """Of this rank's piece without padding."""
+        return min(self.local_size, self.size - self.start)
+
+
+@dataclass(frozen=True)
 class ShardSpec:
     """What a rank holds of one parameter, or of a buffer that is state.
 
     Attributes:
         name: Hugging Face's name of the parameter, the same in every layout.
         full_shape: shape of the whole parameter, without padding.
-        dim: the cut dimension, None if every rank holds all of it.
-        cut_over: axis over whose ranks the pieces lie, None if there is one piece.
-        num_pieces: pieces along `dim`.
-        piece: which of them this rank holds.
-        padded_size: size of `dim` that is cut, padding at its end included (default: no padding).
+        cuts: the cut dimensions, each once; none if every rank holds all of it.
         copied_over: axes of the model over whose ranks the same piece lies; on "pp" it is a tied weight's.
         copy: which of these copies this rank holds; the first is the owner.
         summed_over: axes over whose ranks the gradients are parts of a sum, made whole inside autograd.
@@ -42,11 +74,7 @@ class ShardSpec:
 
     name: str
     full_shape: tuple[int, ...]
-    dim: int | None = None
-    cut_over: str | None = None
-    num_pieces: int = 1
-    piece: int = 0
-    padded_size: int | None = None
+    cuts: tuple[DimensionCut, ...] = ()
     copied_over: tuple[str, ...] = ()
     copy: int = 0
     summed_over: tuple[str, ...] = ()
@@ -65,26 +93,25 @@ class ShardSpec:
     @property
     def local_shape(self) -> tuple[int, ...]:
         """Shape of this rank's tensor, padding included."""
-        if self.dim is None:
-            return self.full_shape
         shape = list(self.full_shape)
-        shape[self.dim] = self._padded_size // self.num_pieces
+        for cut in self.cuts:
+            shape[cut.dim] = cut.local_size
         return tuple(shape)
 
     @property
     def box_start(self) -> tuple[int, ...]:
         """Where this rank's part begins in the full tensor."""
         start = [0] * len(self.full_shape)
-        if self.dim is not None:
-            start[self.dim] = min(self.piece * self.local_shape[self.dim], self.full_shape[self.dim])
+        for cut in self.cuts:
+            start[cut.dim] = cut.start
         return tuple(start)
 
     @property
     def box_shape(self) -> tuple[int, ...]:
         """Shape of this rank's part without padding; may be empty."""
-        shape = list(self.local_shape)
-        if self.dim is not None:
-            shape[self.dim] = min(shape[self.dim], self.full_shape[self.dim] - self.box_start[self.dim])
+        shape = list(self.full_shape)
+        for cut in self.cuts:
+            shape[cut.dim] = cut.box_size
         return tuple(shape)
 
     def cut(self, full: torch.Tensor) -> torch.Tensor:
@@ -93,21 +120,36 @@ class ShardSpec:
             raise ValueError(
                 f"{self.name}: a tensor of shape {tuple(full.shape)} does not fit {self.full_shape}"
             )
-        if self.dim is None:
+        if not self.cuts:
             return full.clone()
-        part = full.narrow(self.dim, self.box_start[self.dim], self.box_shape[self.dim])
         local = full.new_zeros(self.local_shape)
-        local.narrow(self.dim, 0, self.box_shape[self.dim]).copy_(part)
+        inside = tuple(slice(0, size) for size in self.box_shape)
+        local[inside] = full[self.box]
         return local
+
+    @property
+    def entry(self) -> "ShardSpec":
+        """The spec of one entry of a stack along dimension 0."""
+        cuts = tuple(replace(cut, dim=cut.dim - 1) for cut in self.cuts if cut.dim > 0)
+        return replace(self, full_shape=self.full_shape[1:], cuts=cuts)
+
+    @property
+    def box(self) -> tuple[slice, ...]:
+        """This rank's part of the full tensor, as an index."""
+        return tuple(slice(a, a + n) for a, n in zip(self.box_start, self.box_shape, strict=True))
 
     def tied_over_stages(self, copy: int) -> "ShardSpec":
         """The spec of a weight that two stages hold: copy 0 on the first, which owns it, 1 on the last."""
         return replace(self, copied_over=(*self.copied_over, "pp"), copy=copy)
 
-    @property
-    def _padded_size(self) -> int:
-        assert self.dim is not None
-        return self.padded_size or self.full_shape[self.dim]
+    def over_experts(self, context: ParallelContext) -> "ShardSpec":
+        """The spec of a stack whose entries lie over ep; each is the same, with other tokens, over edp.
+
+        Raises ValueError if the pieces would not be equal.
+        """
+        cut = _cut(context, self.name, self.full_shape, 0, "ep")
+        averaged_over = ("edp",) if cut.num_pieces > 1 else DATA_AXES
+        return replace(self, cuts=(*self.cuts, cut), averaged_over=averaged_over)
 
 
 def cut_spec(
@@ -124,17 +166,28 @@ def cut_spec(
     over: "tp", or "kv" for key/value heads, which have copies on neighbours where they are fewer than the
     tensor-parallel ranks. Raises ValueError if the pieces would not be equal.
     """
+    spec = ShardSpec(name, full_shape, (_cut(context, name, full_shape, dim, over, padded_size),))
+    if over == "kv":
+        spec = replace(spec, copied_over=("kv_copy",), copy=context["kv_copy"].rank, summed_over=("kv_copy",))
+    return spec
+
+
+def _cut(
+    context: ParallelContext,
+    name: str,
+    full_shape: tuple[int, ...],
+    dim: int,
+    over: str,
+    padded_size: int | None = None,
+) -> DimensionCut:
     ranks = context[over]
     size = padded_size or full_shape[dim]
     if size % ranks.size:
         raise ValueError(
             f"{name}: dimension {dim} of size {size} cannot be cut into {ranks.size} equal pieces: "
-            "change tp_size"
+            "choose a size that divides it"
         )
-    spec = ShardSpec(name, full_shape, dim, over, ranks.size, ranks.rank, padded_size)
-    if over == "kv":
-        spec = replace(spec, copied_over=("kv_copy",), copy=context["kv_copy"].rank, summed_over=("kv_copy",))
-    return spec
+    return DimensionCut(dim, over, ranks.size, ranks.rank, full_shape[dim], size)
 
 
 def whole_spec(
@@ -155,7 +208,24 @@ def sharded_parameter(spec: ShardSpec, init: Initializer, dtype: torch.dtype | N
     whole model. `model_parallel` is DeepSpeed's flag for "count this one in the gradient norm".
     """
     full = init(spec.name, spec.full_shape)
-    parameter = nn.Parameter(spec.cut(full).to(dtype or torch.get_default_dtype()))
+    return _with_spec(spec.cut(full).to(dtype or torch.get_default_dtype()), spec)
+
+
+def stacked_parameter(
+    spec: ShardSpec, names: Sequence[str], init: Initializer, dtype: torch.dtype | None = None
+) -> nn.Parameter:
+    """This rank's part of a parameter that is a stack along dimension 0, each entry drawn by its own name.
+
+    Only the entries of this rank are drawn, one at a time.
+    """
+    entry = spec.entry
+    mine = names[spec.box[0]]
+    drawn = [entry.cut(init(name, entry.full_shape)).to(dtype or torch.get_default_dtype()) for name in mine]
+    return _with_spec(torch.stack(drawn), spec)
+
+
+def _with_spec(local: torch.Tensor, spec: ShardSpec) -> nn.Parameter:
+    parameter = nn.Parameter(local)
     parameter.spec = spec  # type: ignore[attr-defined]
     parameter.model_parallel = spec.is_owner  # type: ignore[attr-defined]
     return parameter
@@ -187,7 +257,8 @@ def describe_shards(module: nn.Module) -> str:
     for name, parameter in module._parameters.items():
         if parameter is not None:
             spec = spec_of(parameter)
-            here = f", {list(spec.local_shape)} here, cut over {spec.cut_over}" if spec.num_pieces > 1 else ""
+            axes = [cut.over for cut in spec.cuts if cut.num_pieces > 1]
+            here = f", {list(spec.local_shape)} here, cut over {' and '.join(axes)}" if axes else ""
             shards.append(f"{name}={list(spec.full_shape)}{here}")
     return "; ".join(shards)
 

@@ -24,9 +24,10 @@ from megalite.parallel.context import Group, ParallelContext, group_size
 from megalite.parallel.mpu import ModelParallelUnit
 from megalite.parallel.shard import spec_of
 from megalite.parallel.topology import DATA_AXES, MODEL_AXES
-from megalite.training.zero import clear_gradients, is_stage3, reduced_gradients
+from megalite.training.zero import clear_gradients, is_stage3, reduced_gradients, square_of_gradients
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+EXPERTS = "experts"  # our name in DeepSpeed's tables of groups
 NEVER_RELEASED = int(1e15)  # elements: a reuse distance that no model reaches
 TESTED_VERSION = (0, 19, 8)  # its inside is patched here and read in zero.py: others of 0.19 may follow
 
@@ -96,9 +97,10 @@ class StageEngine:
         self.dtype = TORCH_DTYPES[config.precision]
         settings = deepspeed_settings(config, num_micro_batches, parameter_gathering)
         mpu = ModelParallelUnit(context)
-        with deepspeed.zero.Init(
+        _check_experts(config, context)
+        with _Partitioning(
+            context,
             enabled=config.zero_stage == 3,
-            data_parallel_group=context[DATA_AXES].group,  # its default, the world, would mix stages
             config_dict_or_path=settings,
             mpu=mpu,
             # No dtype: on a CPU, which has no fp16, Init takes any dtype given for bf16.
@@ -122,6 +124,8 @@ class StageEngine:
         self.tied = [p for p in module.parameters() if spec_of(p).is_tied and p.requires_grad]
         if config.zero_stage == 3:
             self._own_the_trace()
+        if context["ep"].size > 1:
+            self.optimizer._get_norm_groups = self._norm_of_partitions
 
     @property
     def module(self) -> StageChunks:
@@ -224,6 +228,17 @@ class StageEngine:
             for gradient in reduced_gradients(self.optimizer, parameter):
                 dist.all_reduce(gradient, group=self.context.tied_group)
 
+    def _norm_of_partitions(self) -> list[torch.Tensor]:
+        """The global norm in one sum over all ranks, in place of DeepSpeed's, which takes one per group.
+
+        What ranks hold under ZeRO-3 are different elements, over edp as over dp: nothing counts twice. A
+        stage without experts has fewer groups than others, which would wait for it. -1 is DeepSpeed's sign of
+        a norm that is no number.
+        """
+        total = square_of_gradients(self.optimizer, lambda parameter: spec_of(parameter).is_owner)
+        dist.all_reduce(total)
+        return [torch.where(total.isfinite(), total.sqrt(), -1.0)]
+
     def _gradient_norm(self) -> torch.Tensor:
         """Norm over one model of all gradients, each counted once. At ZeRO-0 DeepSpeed keeps it to itself."""
         total = torch.zeros((), dtype=torch.float32, device=self.context.device)
@@ -234,6 +249,39 @@ class StageEngine:
         if model.size > 1:
             dist.all_reduce(total, group=model.group)
         return total.sqrt()
+
+
+class _Partitioning(deepspeed.zero.Init):
+    """ZeRO-3 construction: parameters are partitioned at birth, experts over edp and others over dp x cp.
+
+    DeepSpeed asks each parameter for its group and knows experts by a family's name; the divisor of their
+    gradients is then the size of dp x cp, as for all others: each expert's are a sum over the tokens of ep.
+    """
+
+    def __init__(self, context: ParallelContext, **options: Any) -> None:
+        self._experts = context["edp"].group
+        if context["ep"].size > 1:  # its tables of groups, by a name of ours
+            deepspeed.utils.groups._EXPERT_PARALLEL_GROUP[EXPERTS] = context["ep"].group
+            deepspeed.utils.groups._EXPERT_DATA_PARALLEL_GROUP[EXPERTS] = self._experts
+        # Its default, the world, would mix stages.
+        super().__init__(data_parallel_group=context[DATA_AXES].group, **options)
+
+    def _convert_to_deepspeed_param(self, parameter: Any) -> None:
+        if spec_of(parameter).averaged_over != DATA_AXES:
+            parameter.ds_zero_partition_process_group = self._experts
+            parameter.ds_zero_placement_family = "autoep_expert"
+            parameter.ds_zero_partition_group_name = EXPERTS
+        super()._convert_to_deepspeed_param(parameter)
+
+
+def _check_experts(config: DeepSpeedConfig, context: ParallelContext) -> None:
+    """Raise EngineError where DeepSpeed has one data-parallel group, and experts would need another."""
+    ep_size = context["ep"].size
+    if ep_size > 1 and config.zero_stage < 3:
+        raise EngineError(
+            f"parallel.ep_size {ep_size} needs ZeRO stage 3 and the DeepSpeed JSON says {config.zero_stage}, "
+            "where all gradients are averaged over one group: use stage 3, or parallel.ep_size=1"
+        )
 
 
 def deepspeed_settings(

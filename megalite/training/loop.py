@@ -2,11 +2,13 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.run import RunConfig
 from megalite.data.loader import Batches
 from megalite.measure.metrics import Metrics
+from megalite.model.balancing import ExpertLoad
 from megalite.training.checkpoints import Checkpoints
 from megalite.training.lr_schedule import learning_rate_at
 from megalite.training.trainer import LossSum, StageTrainer, require_finite
@@ -54,10 +56,18 @@ def train(
                 learning_rate=learning_rate,
                 step_seconds=step_seconds,
                 validation_loss=validation_loss,
+                **further_metrics(result.experts, is_due(step, run.logging.log_every_steps, num_steps)),
             )
         save_last = run.checkpoint.save_at_end and step == num_steps
         if save_last or is_due(step, run.checkpoint.save_every_steps):
             checkpoints.save(trainer.engine, step)
+
+
+def further_metrics(experts: ExpertLoad | None, with_tokens: bool) -> dict[str, Any]:
+    """The load of the experts by name; with_tokens: that of each layer's each expert too."""
+    if experts is None:
+        return {}
+    return experts.as_metrics() | ({"expert_tokens": experts.tokens} if with_tokens else {})
 
 
 def evaluate(trainer: StageTrainer, batches: Batches, run: RunConfig, batch_samples: int) -> float:

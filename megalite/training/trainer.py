@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.run import RunConfig
 from megalite.error import UserError
 from megalite.model.attention import kv_copies
+from megalite.model.balancing import RULES, ExpertBalancing, ExpertLoad
 from megalite.model.llama import LlamaStage
 from megalite.model.share import StageShare
 from megalite.optimizer.recipes import build_recipe
@@ -47,17 +49,22 @@ class LossSum:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What an optimizer step gave, the same on every rank: mean loss in nats, gradient norm unclipped."""
+    """What an optimizer step gave, the same on every rank: mean loss in nats, gradient norm unclipped.
+
+    experts: what the routers did, where there are any.
+    """
 
     loss: float
     grad_norm: float
+    experts: ExpertLoad | None = None
 
 
 def build_context(run: RunConfig, rank: int, world_size: int, device: torch.device) -> ParallelContext:
     """The process groups of a run; collective."""
     tp_size, pp_size = run.parallel.tp_size, run.parallel.pp_size
     copies = kv_copies(run.model.num_key_value_heads, tp_size)
-    topology = Topology(world_size, tp_size=tp_size, pp_size=pp_size, kv_copy_size=copies)
+    sizes = {"tp_size": tp_size, "pp_size": pp_size, "ep_size": run.parallel.ep_size, "kv_copy_size": copies}
+    topology = Topology(world_size, **sizes)
     return ParallelContext.build(topology, rank, device)
 
 
@@ -87,17 +94,32 @@ class StageTrainer:
         shape = (local_length, deepspeed.train_micro_batch_size_per_gpu, run.model.hidden_size)
         peers = Peers(stages.group, shape, self.engine.dtype, context.device)
         self.runner = PipelineRunner(self.engine, peers, loss_chunk=0 if self.share.has_head else None)
+        self.balancing = self._balancing(run)
+        self._batch_samples = deepspeed.train_batch_size
         place = (stages.rank, stages.size, num_micro_batches)
         self._training = build_schedule(parallel.pipeline_schedule, *place)
         self._evaluation = forward_only(*place)
+
+    def _balancing(self, run: RunConfig) -> ExpertBalancing | None:
+        if not run.model.n_routed_experts:
+            return None
+        chunks: Any = self.engine.module
+        routers = {layer: router for chunk in chunks for layer, router in chunk.routers().items()}
+        rule = RULES[run.balancing.rule](run.balancing, run.model)
+        return ExpertBalancing(run.model, routers, rule, self.context)
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """Take one optimizer step on a global batch, of which this rank is given its part."""
         batches = [batch.to(self.context.device) for batch in micro_batches]
         self.engine.begin_step()
+        if self.balancing:
+            # As of the losses below: a mean over samples, times what DeepSpeed divides by.
+            data_size = self.context[DATA_AXES].size
+            self.balancing.begin_step(data_size * self.engine.loss_scale / self._batch_samples)
         losses = self.runner.train(self._training, batches, self._loss_gradient(batches))
         grad_norm = self.engine.step(learning_rate)
-        return StepResult(self._summed(losses, batches).mean, grad_norm)
+        load = self.balancing.finish_step(self._batch_samples) if self.balancing else None
+        return StepResult(self._summed(losses, batches).mean, grad_norm, load)
 
     def evaluate(self, micro_batches: Sequence[Batch]) -> LossSum:
         """The losses of a global batch; nothing is learnt."""

@@ -9,7 +9,7 @@ stage, precision         wrapper                   fp32 master weights
 A parameter that is not trained has no master: ZeRO-3 partitions it, the others leave it whole.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,16 @@ def reduced_gradients(optimizer: Any, parameter: nn.Parameter) -> list[torch.Ten
                 gradients = optimizer.averaged_gradients[index]
                 return [gradients[place]] if is_stage3(optimizer) else list(gradients)
     raise ValueError("the optimizer does not hold this parameter")
+
+
+def square_of_gradients(optimizer: Any, is_counted: Callable[[nn.Parameter], bool]) -> torch.Tensor:
+    """Sum of the squares of the gradients that this rank is about to step under ZeRO-3; a scalar, fp32."""
+    total = torch.zeros((), dtype=torch.float32, device=optimizer.device)
+    for index, group in enumerate(optimizer.fp16_groups):
+        for gradient, parameter in zip(optimizer.averaged_gradients[index], group, strict=True):
+            if is_counted(parameter):
+                total += gradient.float().square().sum()
+    return total
 
 
 def clear_gradients(optimizer: Any) -> None:

@@ -84,7 +84,7 @@ class World:
         with spmd.no_typecheck():
             module = layer(*args, **options)
         for parameter in module.parameters():
-            self.typed(parameter, dp=R, tp=V if spec_of(parameter).cut_over else I)
+            self.typed(parameter, dp=R, tp=V if spec_of(parameter).cuts else I)
         for table in [m for m in module.modules() if isinstance(m, VocabParallelEmbedding)]:
             table.leave = partial(self._sum_of_rows, table.leave)
         return module
@@ -108,12 +108,12 @@ class World:
 
     # Products: of which operand a dimension is cut over tp, the other must be whole.
     def _output(self, x, weight):
-        is_row = spec_of(weight).dim == 1
+        is_row = spec_of(weight).cuts[0].dim == 1
         y = F.linear(x if is_row else self._whole(x), weight)
         return self._part_of_sum(y, self.tp) if is_row else y
 
     def _input_gradient(self, grad, weight):
-        is_row = spec_of(weight).dim == 1
+        is_row = spec_of(weight).cuts[0].dim == 1
         y = (self._whole(grad) if is_row else grad) @ weight
         return y if is_row else self._part_of_sum(y, self.tp)
 
