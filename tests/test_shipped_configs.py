@@ -8,7 +8,7 @@ import pytest
 from megalite.config.deepspeed import load_deepspeed
 from megalite.config.load import load_run
 from megalite.config.model import ModelConfig
-from megalite.model.flops import num_parameters
+from megalite.model.flops import num_active_parameters, num_parameters
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 RUNS = sorted(CONFIGS.glob("runs/*.yaml"))
@@ -21,12 +21,15 @@ PARAMETERS = {
     "lillm_300m": 291_554_304,
     "lightlm_ffn": 146_833_920,
     "lightlm_attn": 146_975_296,
+    "lightlm_moe": 143_966_592,
     "pretrain_460m": 461_685_760,
     "tinyllama_1.1b": 1_100_048_384,
     "llama2_7b": 6_738_415_616,
     "llama3_8b": 8_030_261_248,
+    "moe_16b": 16_375_728_128,
     "llama3_70b": 70_553_706_496,
 }
+ACTIVE_PARAMETERS = {"lightlm_moe": 106_217_856, "moe_16b": 2_828_650_496}  # the second is published as 2.8B
 # Tokens of one step and of the whole run; the comment in the YAML says which of them are published.
 TOKENS = {
     "lillm_39m": (524_288, 7_864_320_000),
@@ -36,6 +39,7 @@ TOKENS = {
     "llama2_7b": (4_194_304, 1_999_999_336_448),
     "llama3_8b": (4_194_304, 15_000_001_314_816),
     "llama3_70b": (4_194_304, 15_000_001_314_816),
+    "moe_16b": (18_874_368, 2_009_157_599_232),
 }
 
 
@@ -44,11 +48,16 @@ def test_every_variant_is_found():
 
 
 def parameters_by_hand(model: ModelConfig) -> int:
-    """The count of a dense model, from its shape alone and without a table of tensors."""
+    """The count of a model from its shape alone, without a table of tensors."""
     width, head = model.hidden_size, model.head_dim
     ends = (1 if model.tie_word_embeddings else 2) * model.vocab_size * width + width
     attention = 2 * width * head * (model.num_attention_heads + model.num_key_value_heads)
-    return ends + model.num_hidden_layers * (attention + 3 * width * model.intermediate_size + 2 * width)
+    each_layer = model.num_hidden_layers * (attention + 2 * width)
+    routed = model.n_routed_experts
+    num_dense = model.first_k_dense_replace if routed else model.num_hidden_layers
+    dense = num_dense * 3 * width * model.intermediate_size
+    experts = 3 * width * model.moe_intermediate_size * (routed + model.n_shared_experts) if routed else 0
+    return ends + each_layer + dense + (model.num_hidden_layers - num_dense) * (experts + routed * width)
 
 
 def num_gpus(path: Path) -> int | None:
@@ -65,6 +74,12 @@ def test_every_run_has_its_count():
 def test_a_run_has_the_parameters_of_its_model(name):
     model = load_run(str(CONFIGS / f"runs/{name}.yaml"), []).model
     assert num_parameters(model) == parameters_by_hand(model) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_token_passes_through_so_many_parameters(name):
+    model = load_run(str(CONFIGS / f"runs/{name}.yaml"), []).model
+    assert num_active_parameters(model) == ACTIVE_PARAMETERS.get(name, PARAMETERS[name])
 
 
 @pytest.mark.parametrize("name", TOKENS)

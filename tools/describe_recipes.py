@@ -13,6 +13,7 @@ from megalite.files import write_text
 from megalite.model.flops import (
     ModelStateBytes,
     model_state_bytes_per_rank,
+    num_active_parameters,
     num_parameters,
     parameters_of_fullest_stage,
 )
@@ -38,10 +39,12 @@ LAYOUTS = {
     "lillm_300m": Layout(1),
     "lightlm_ffn": Layout(1),
     "lightlm_attn": Layout(1),
+    "lightlm_moe": Layout(1),
     "pretrain_460m": Layout(2),
     "tinyllama_1.1b": Layout(2),
     "llama2_7b": Layout(8, ("parallel.tp_size=2",)),
     "llama3_8b": Layout(8, ("parallel.tp_size=4",)),
+    "moe_16b": Layout(8, ("parallel.pp_size=4",)),
     "llama3_70b": Layout(32, ("parallel.pp_size=8", "parallel.recompute=full")),
 }
 
@@ -65,10 +68,10 @@ folder that goes into exports. On GPUs of 40 GB, add what the last table says is
 SIZE = """\
 ## Size
 
-"Per step" and "in all" are in tokens.
+"Active" are the parameters that one token passes through; "per step" and "in all" are in tokens.
 
-| run | parameters | per step | steps | in all |
-|---|---|---|---|---|
+| run | parameters | active | per step | steps | in all |
+|---|---|---|---|---|---|
 """
 
 MEMORY = """\
@@ -165,7 +168,8 @@ def _command(recipe: Recipe) -> str:
 def _size(recipe: Recipe) -> str:
     steps = recipe.run.schedule.num_steps
     tokens = recipe.deepspeed.train_batch_size * recipe.run.data.seq_length
-    counts = [num_parameters(recipe.run.model), tokens, steps, tokens * steps]
+    model = recipe.run.model
+    counts = [num_parameters(model), num_active_parameters(model), tokens, steps, tokens * steps]
     return _row([f"`{recipe.name}`", *(f"{count:,}" for count in counts)])
 
 
