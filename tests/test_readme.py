@@ -17,8 +17,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 PRETRAIN = "launchers/pretrain.py --deepspeed_config configs/deepspeed/zero3.json"
-SLURM_DEFAULTS = ["--deepspeed_config", "configs/deepspeed/pretrain_460m.json"]
-SLURM_DEFAULTS += ["--config", "configs/runs/pretrain_460m.yaml"]
+GPUS_PER_NODE = 8
 
 
 class ParsedError(Exception):
@@ -85,9 +84,17 @@ def check_deepspeed(words: list[str]) -> None:
 
 
 def check_sbatch(words: list[str]) -> None:
-    script = next(index for index, word in enumerate(words) if word.endswith(".sh"))
-    existing(words[script])
-    check_run(SLURM_DEFAULTS + words[script + 1 :], 16)
+    """The script, the run that it or its first argument names, and the layout on so many nodes."""
+    at = next(index for index, word in enumerate(words) if word.endswith(".sh"))
+    script, arguments = existing(words[at]), words[at + 1 :]
+    name = arguments.pop(0) if script.stem == "pretrain" else script.stem
+    if name.isupper():
+        return  # a placeholder
+    options = dict(word.split("=", 1) for word in words[1:at] if "=" in word)
+    num_tasks = int(options.get("--nodes", 2)) * int(options.get("--ntasks-per-node", GPUS_PER_NODE))
+    existing(f"configs/runs/{name}.yaml")
+    defaults = ["--deepspeed_config", f"configs/deepspeed/{name}.json"]
+    check_run([*defaults, "--config", f"configs/runs/{name}.yaml", *arguments], num_tasks)
 
 
 def check_run(arguments: list[str], world_size: int) -> None:
@@ -138,6 +145,8 @@ def test_the_readme_shows_every_kind_of_command():
         f"deepspeed --num_gpus 4 {PRETRAIN} parallel.tp=2",
         f"deepspeed --num_gpus 3 {PRETRAIN} parallel.tp_size=2",
         "sbatch slurm/absent.sh",
+        "sbatch slurm/pretrain.sh absent",
+        "sbatch --nodes=3 slurm/pretrain.sh llama3_70b",
         "sbatch slurm/pretrain_460m.sh schedule.steps=10",
     ],
 )

@@ -1,4 +1,4 @@
-"""slurm/pretrain_460m.sh under a real Slurm: two nodes on this host, CPUs only."""
+"""slurm/pretrain.sh, and pretrain_460m.sh that calls it, under a real Slurm: two nodes on this host."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from tests.slurm.cluster import Cluster, wait_until
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "slurm" / "pretrain_460m.sh"
+ANY_RUN = REPOSITORY / "slurm" / "pretrain.sh"
 TWO_BY_TWO = ["--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0"]
 TWO_BY_ONE = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0"]
 
@@ -55,8 +56,17 @@ if "crash_rank_2" in sys.argv:
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
-    """A checkout whose launcher is SHOW_RANK."""
-    (tmp_path / "launchers").mkdir()
+    """A checkout whose launcher is SHOW_RANK, with one more run, which has no DeepSpeed JSON of its own."""
+    for folder in ("launchers", "configs/runs"):
+        (tmp_path / folder).mkdir(parents=True)
+    for path in (
+        "slurm",
+        "configs/deepspeed",
+        "configs/runs/pretrain_460m.yaml",
+        "configs/runs/llama3_8b.yaml",
+    ):
+        (tmp_path / path).symlink_to(REPOSITORY / path)
+    (tmp_path / "configs" / "runs" / "mine.yaml").touch()
     (tmp_path / "launchers" / "pretrain.py").write_text(SHOW_RANK)
     return tmp_path
 
@@ -98,6 +108,19 @@ def test_every_rank_learns_its_place_and_the_arguments_from_slurm(cluster: Clust
             *("--deepspeed_config", "configs/deepspeed/pretrain_460m.json"),
             *("--config", "configs/runs/pretrain_460m.yaml"),
             *overrides,
+        ]
+
+
+@pytest.mark.parametrize(("name", "json_name"), [("llama3_8b", "llama3_8b"), ("mine", "zero3_bf16")])
+def test_any_run_is_started_by_its_name(cluster: Cluster, stand_in: Path, name: str, json_name: str) -> None:
+    job_id = cluster.submit(ANY_RUN, name, "seed=3", options=TWO_BY_ONE, cwd=stand_in)
+    job = cluster.wait(job_id, timeout_seconds=60)
+    assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log
+    for rank in read_ranks(stand_in):
+        assert rank["arguments"] == [
+            *("--deepspeed_config", f"configs/deepspeed/{json_name}.json"),
+            *("--config", f"configs/runs/{name}.yaml"),
+            "seed=3",
         ]
 
 
@@ -184,19 +207,36 @@ def test_a_killed_rank_ends_a_training_job_within_a_minute(
     assert "task 1: Killed" in job.log
 
 
+IN_A_JOB = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}
+
+
 @pytest.mark.parametrize(
-    ("job", "complaint"),
+    ("script", "job", "complaint"),
     [
-        ({}, "not in a Slurm job"),
-        ({"SLURM_JOB_ID": "1"}, "give --ntasks-per-node"),
-        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, "submit from the root of the checkout"),
+        (ANY_RUN, {}, "not in a Slurm job"),
+        (ANY_RUN, {"SLURM_JOB_ID": "1"}, "give --ntasks-per-node"),
+        (ANY_RUN, IN_A_JOB, "submit from the root of the checkout"),
+        (SCRIPT, IN_A_JOB, "submit from the root of the checkout"),
     ],
 )
 def test_started_in_the_wrong_place_it_says_what_to_do(
-    tmp_path: Path, job: dict[str, str], complaint: str
+    tmp_path: Path, script: Path, job: dict[str, str], complaint: str
 ) -> None:
+    assert complaint in complaint_of(script, cwd=tmp_path, job=job)
+
+
+@pytest.mark.parametrize("arguments", [[], ["absent"], ["seed=1"], ["--config", "other.yaml"]])
+def test_without_a_known_name_it_lists_those_that_are_known(stand_in: Path, arguments: list[str]) -> None:
+    said = complaint_of(ANY_RUN, *arguments, cwd=stand_in, job=IN_A_JOB)
+    assert "give one of llama3_8b mine pretrain_460m as the first argument" in said
+    assert f"CONFIG '{arguments[0] if arguments else ''}'" in said
+
+
+def complaint_of(script: Path, *arguments: str, cwd: Path, job: dict[str, str]) -> str:
+    """The one line with which a script refuses to start."""
     outside = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
-    done = subprocess.run([SCRIPT], cwd=tmp_path, env=outside | job, capture_output=True, text=True)
+    command = [script, *arguments]
+    done = subprocess.run(command, cwd=cwd, env=outside | job, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: ") and complaint in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    return done.stderr

@@ -1,0 +1,197 @@
+"""Write docs/recipes.md from the shipped runs: their commands, sizes, and memory on A100 nodes."""
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalite.config.deepspeed import DeepSpeedConfig, load_deepspeed
+from megalite.config.load import load_run
+from megalite.config.run import RunConfig
+from megalite.error import run_command
+from megalite.files import write_text
+from megalite.model.flops import (
+    ModelStateBytes,
+    model_state_bytes_per_rank,
+    num_active_parameters,
+    num_parameters,
+    parameters_of_fullest_stage,
+)
+
+ROOT = Path(__file__).parent.parent
+DEFAULT_OUTPUT = ROOT / "docs" / "recipes.md"
+GPUS_PER_NODE = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a run is trained: nodes of 8 GPUs, and what changes in it on GPUs of 40 GB.
+
+    Its tensor and pipeline parallelism stand in its YAML, ZeRO and batch in its DeepSpeed JSON.
+    """
+
+    nodes: int
+    on_40_gb: tuple[str, ...] = ()
+
+
+LAYOUTS = {
+    "lillm_39m": Layout(1),
+    "lillm_300m": Layout(1),
+    "lightlm_ffn": Layout(1),
+    "lightlm_attn": Layout(1),
+    "lightlm_moe": Layout(1),
+    "pretrain_460m": Layout(2),
+    "tinyllama_1.1b": Layout(2),
+    "llama2_7b": Layout(8, ("parallel.tp_size=2",)),
+    "llama3_8b": Layout(8, ("parallel.tp_size=4",)),
+    "moe_16b": Layout(8, ("parallel.pp_size=4",)),
+    "llama3_70b": Layout(32, ("parallel.pp_size=8", "parallel.recompute=full")),
+}
+
+INTRODUCTION = """\
+# Recipes
+
+The runs of `configs/runs` that are made for A100 nodes of 8 GPUs. Each YAML says in its first comment what is
+published, by whom, and what is not. `make demo` trains `demo.yaml`.
+
+This page is written by `python tools/describe_recipes.py` from the files and the code.
+"""
+
+START = """\
+## Start
+
+After `data.train` comes the prefix of the token files ([data](data_format.md)), after `data.tokenizer` the
+folder that goes into exports. On GPUs of 40 GB, add what the last table says is changed.
+[Slurm](slurm.md) tells the rest.
+"""
+
+SIZE = """\
+## Size
+
+"Active" are the parameters that one token passes through; "per step" and "in all" are in tokens.
+
+| run | parameters | active | per step | steps | in all |
+|---|---|---|---|---|---|
+"""
+
+MEMORY = """\
+## Memory of one GPU
+
+Between steps a GPU holds its share of weights, gradients and optimizer: the model's state, as
+`model_state_bytes_per_rank` counts it for the fullest stage. In a step, ZeRO-3 with
+`parallel.parameter_gathering=step` also holds the weights of its stage and tensor-parallel slice whole, in
+bf16; with ZeRO-1 they are in the state. Both are computed, not measured. Activations, communication buffers
+and the allocator's gaps come on top, and grow with the micro batch; what is left of 80 or 40 GiB is for them.
+
+| run | GPUs | changed | tensor x pipeline x data | ZeRO | state, GiB | whole weights, GiB | left, GiB |
+|---|---|---|---|---|---|---|---|
+"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run on one kind of GPU."""
+
+    name: str
+    gpu_gib: int
+    num_gpus: int
+    overrides: tuple[str, ...]
+    run: RunConfig
+    deepspeed: DeepSpeedConfig
+
+    @property
+    def dp_size(self) -> int:
+        return self.run.dp_size_of(self.num_gpus)
+
+    def model_state(self) -> ModelStateBytes:
+        """Bytes of the model that one GPU keeps between steps."""
+        return model_state_bytes_per_rank(
+            self.run.model,
+            tp_size=self.run.parallel.tp_size,
+            pp_size=self.run.parallel.pp_size,
+            dp_size=self.dp_size,
+            zero_stage=self.deepspeed.zero_stage,
+            precision=self.deepspeed.precision,
+            grad_accum_dtype=self.deepspeed.grad_accum_dtype,
+        )
+
+    def whole_weights(self) -> int:
+        """Bytes of the bf16 weights that ZeRO-3 gathers for a step; other stages have them in the state."""
+        model, parallel = self.run.model, self.run.parallel
+        if self.deepspeed.zero_stage < 3 or parallel.parameter_gathering != "step":
+            return 0
+        return 2 * parameters_of_fullest_stage(model, parallel.tp_size, parallel.pp_size)
+
+
+def recipe_of(name: str, gpu_gib: int) -> Recipe:
+    """The run of that name, laid out for such GPUs."""
+    layout = LAYOUTS[name]
+    overrides = layout.on_40_gb if gpu_gib == 40 else ()
+    run = load_run(str(ROOT / f"configs/runs/{name}.yaml"), list(overrides))
+    deepspeed = load_deepspeed(str(ROOT / f"configs/deepspeed/{name}.json"))
+    return Recipe(name, gpu_gib, layout.nodes * GPUS_PER_NODE, overrides, run, deepspeed)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    page = "file to write (default: %(default)s)"
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help=page)
+    arguments = parser.parse_args(argv)
+    return run_command(lambda: write_page(arguments.output))
+
+
+def write_page(output: Path) -> None:
+    """Write the page to `output`."""
+    write_text(output, describe())
+    print(f"wrote {output}")
+
+
+def describe() -> str:
+    """The whole page, in Markdown."""
+    recipes = all_recipes()
+    on_80_gb = [recipe for recipe in recipes if recipe.gpu_gib == 80]
+    commands = "".join(map(_command, on_80_gb))
+    sizes, memory = "".join(map(_size, on_80_gb)), "".join(map(_memory, recipes))
+    return f"{INTRODUCTION}\n{START}\n```\n{commands}```\n\n{SIZE}{sizes}\n{MEMORY}{memory}"
+
+
+def all_recipes() -> list[Recipe]:
+    """Every run, on GPUs of 80 GB and then of 40."""
+    return [recipe_of(name, gpu_gib) for name in LAYOUTS for gpu_gib in (80, 40)]
+
+
+def _command(recipe: Recipe) -> str:
+    options = f"--job-name={recipe.name} --nodes={recipe.num_gpus // GPUS_PER_NODE}"
+    return f"sbatch {options} slurm/pretrain.sh {recipe.name} data.train=PREFIX data.tokenizer=FOLDER\n"
+
+
+def _size(recipe: Recipe) -> str:
+    steps = recipe.run.schedule.num_steps
+    tokens = recipe.deepspeed.train_batch_size * recipe.run.data.seq_length
+    model = recipe.run.model
+    counts = [num_parameters(model), num_active_parameters(model), tokens, steps, tokens * steps]
+    return _row([f"`{recipe.name}`", *(f"{count:,}" for count in counts)])
+
+
+def _memory(recipe: Recipe) -> str:
+    parallel = recipe.run.parallel
+    state, whole = recipe.model_state().total, recipe.whole_weights()
+    left = recipe.gpu_gib * 2**30 - state - whole
+    return _row(
+        [
+            f"`{recipe.name}`",
+            f"{recipe.num_gpus} x {recipe.gpu_gib} GB",
+            " ".join(f"`{override}`" for override in recipe.overrides),
+            f"{parallel.tp_size} x {parallel.pp_size} x {recipe.dp_size}",
+            str(recipe.deepspeed.zero_stage),
+            *(f"{size / 2**30:.1f}" for size in (state, whole, left)),
+        ]
+    )
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
