@@ -1,6 +1,7 @@
 """Write the English that every set-up brings along: what documents Python's modules, without the code."""
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -71,11 +72,10 @@ def read_prose() -> Iterator[tuple[str, str]]:
 
 def read_texts() -> Iterator[tuple[str, str]]:
     """(name, documentation) of each topic of the language reference, and of each source file."""
-    try:
+    with contextlib.suppress(ImportError):  # some systems leave it out
         from pydoc_data.topics import topics
-    except ImportError:  # some systems leave it out
-        topics = {}
-    yield from sorted(topics.items())
+
+        yield from sorted(topics.items())
     for root in dict.fromkeys(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")):
         for path in find_sources(Path(root)):
             source = path.read_text(encoding="utf-8", errors="ignore")
