@@ -51,6 +51,12 @@ def test_the_460m_run_is_lite_llama():
     assert run.schedule.num_steps * batch.train_batch_size * run.data.seq_length == 98_240_888_832
 
 
+def test_the_laptop_run_has_two_million_parameters():
+    run = load_run(str(CONFIGS / "runs/laptop_2m.yaml"), [])
+    embedding, layers = 2048 * 192, 4 * (2 * 192 * 6 * 32 + 2 * 192 * 3 * 32 + 3 * 192 * 512 + 2 * 192)
+    assert num_parameters(run.model) == embedding + layers + 192 == 2_016_960
+
+
 @pytest.mark.parametrize("tp_size", [1, 2, 8])
 @pytest.mark.parametrize("pp_size", [1, 2])
 @pytest.mark.parametrize("dp_size", [1, 2, 4, 8, 16])
