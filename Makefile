@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check 
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test bench lint clean
+.PHONY: help setup demo laptop test bench lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -17,6 +17,9 @@ setup: $(READY)  ## create .venv with the pinned versions
 
 demo: $(READY)  ## train a small Llama on 4 CPU processes, convert it to Hugging Face and let it speak
 	@$(BIN)/python tools/demo.py
+
+laptop: $(READY)  ## train a Llama of 2 million parameters on this machine's CPU until it writes English
+	@$(BIN)/python tools/laptop.py
 
 test: $(READY)  ## run the whole test suite
 	@$(BIN)/python -m pytest -q --durations=10

@@ -128,6 +128,12 @@ def test_the_460m_run_is_lite_llama():
     assert (model.rope_theta, model.rms_norm_eps, model.eos_token_id) == (1e4, 1e-6, 50256)
 
 
+def test_the_laptop_run_has_two_million_parameters():
+    run = load_run(str(CONFIGS / "runs/laptop_2m.yaml"), [])
+    embedding, layers = 2048 * 192, 4 * (2 * 192 * 6 * 32 + 2 * 192 * 3 * 32 + 3 * 192 * 512 + 2 * 192)
+    assert num_parameters(run.model) == embedding + layers + 192 == 2_016_960
+
+
 @pytest.mark.parametrize("tp_size", [1, 2, 8])
 @pytest.mark.parametrize("pp_size", [1, 2])
 @pytest.mark.parametrize("dp_size", [1, 2, 4, 8, 16])
