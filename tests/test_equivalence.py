@@ -23,7 +23,7 @@ from megalite.training.zero import inner_optimizer, master_slices
 from tests.harness import run_distributed
 from tests.reference import CLIP, Curve, learning_rate_of, reference_curve
 from tests.trace import describe_departure
-from tests.trainers import SEED, Case, build_trainer, global_batch, micro_batches
+from tests.trainers import BIAS_RATE, SEED, Case, build_trainer, global_batch_of, micro_batches
 
 NUM_STEPS = 10
 HOLDS_GRADIENTS = OptimizerConfig(beta1=0.0, beta2=0.0, weight_decay=0.0)  # exp_avg is the gradient
@@ -57,6 +57,35 @@ CASES = [
     Case(tp=2, pp=2, uneven=True, documents=True),
     Case(pp=2, dp=2, zero=1, tied=True, uneven=True),
 ]
+E = "experts"
+EXPERT_CASES = [
+    *(Case(zero=zero, model_kind=E) for zero in (0, 3)),
+    *(Case(tp=2, zero=zero, sp=zero % 2 == 1, model_kind=E) for zero in (1, 2, 3)),
+    Case(tp=2, sp=False, recompute="full", model_kind=E, padded=True),
+    Case(tp=4, recompute="full", model_kind=E),
+    *(Case(pp=2, zero=zero, schedule=s, model_kind=E) for zero, s in ((0, "afab"), (1, "1f1b"), (3, "afab"))),
+    Case(pp=4, tied=True, model_kind=E),  # the first stage has no experts
+    Case(pp=4, zero=1, recompute="full", model_kind=E),
+    *(Case(dp=2, zero=zero, model_kind=E) for zero in (0, 1, 2, 3)),
+    Case(dp=2, uneven=True, padded=True, model_kind=E),
+    Case(dp=2, ep=2, model_kind=E),
+    Case(dp=2, ep=2, recompute="full", padded=True, model_kind=E),
+    Case(dp=4, ep=2, model_kind=E),
+    Case(dp=4, ep=4, documents=True, model_kind=E),
+    Case(tp=2, dp=2, ep=2, sp=False, model_kind=E),
+    Case(tp=2, dp=2, ep=2, recompute="full", documents=True, model_kind=E),
+    Case(pp=2, dp=2, ep=2, tied=True, model_kind=E),
+    Case(pp=2, dp=2, ep=2, schedule="afab", gathering="micro_batch", model_kind=E),
+    Case(tp=2, pp=2, model_kind=E),
+    Case(tp=2, pp=2, dp=2, ep=2, model_kind=E),
+    Case(tp=2, pp=2, dp=2, ep=2, tied=True, recompute="full", padded=True, model_kind=E),
+    Case(tp=2, pp=2, dp=2, zero=1, model_kind=E),
+    Case(pp=4, dp=2, ep=2, model_kind=E),  # a stage without experts has no part in their groups
+    Case(model_kind="softmax", padded=True),
+    Case(tp=2, pp=2, model_kind="softmax", recompute="full"),
+    Case(tp=2, dp=2, ep=2, model_kind="softmax"),
+    Case(pp=2, dp=2, zero=2, model_kind="softmax", padded=True),
+]
 BF16_CASES = [
     Case(zero=1, precision="bf16"),
     Case(tp=2, zero=2, precision="bf16"),
@@ -67,20 +96,22 @@ BF16_CASES = [
 
 
 @cache
-def expected_of(tied: bool, documents: bool, uneven: bool, seed: int = SEED, rate: float = 1.0) -> Curve:
+def expected_of(case: Case, seed: int = SEED) -> Curve:
     """One process's curve."""
-    batches = [global_batch(step, documents=documents, uneven=uneven) for step in range(NUM_STEPS)]
-    return reference_curve(Case(tied=tied).model, batches, seed, rate)
+    batches = [global_batch_of(case, step) for step in range(NUM_STEPS)]
+    return reference_curve(case.model, batches, seed, case.rate, BIAS_RATE)
 
 
 def expected(case: Case) -> Curve:
-    return expected_of(case.tied, case.documents, case.uneven, rate=case.rate)
+    same = ("model_kind", "tied", "documents", "uneven", "padded", "precision")
+    return expected_of(Case(**{name: getattr(case, name) for name in same}))
 
 
 @cache
-def curves_of_world(world_size: int) -> dict[Case, list[Curve]]:
-    """Each rank's curve of every case that needs so many ranks, which are started once."""
-    cases = [case for case in CASES + BF16_CASES if case.world_size == world_size]
+def curves_of_world(world_size: int, model_kind: str = "dense") -> dict[Case, list[Curve]]:
+    """Each rank's curve of every case of a kind that needs so many ranks, which are started once."""
+    every = CASES + EXPERT_CASES + BF16_CASES
+    cases = [case for case in every if (case.world_size, case.model_kind) == (world_size, model_kind)]
     by_rank = run_distributed(run_cases, world_size, cases, timeout_seconds=280)
     return {case: [curves[i] for curves in by_rank] for i, case in enumerate(cases)}
 
@@ -101,6 +132,9 @@ def run_case(rank: int, case: Case, seed: int = SEED) -> Curve:
         )
         curve.losses.append(result.loss)
         curve.norms.append(result.grad_norm)
+        if result.experts is not None:
+            curve.tokens.append(result.experts.tokens)
+            curve.biases.append(result.experts.biases)
     curve.gradients = first_gradients(rank, case)
     return curve
 
@@ -110,10 +144,13 @@ def first_gradients(rank: int, case: Case) -> dict[str, torch.Tensor]:
     trainer = build_trainer(rank, case, HOLDS_GRADIENTS)
     trainer.train_step(micro_batches(0, trainer.context, case), 1e-3)
     parts = []
-    optimizer, data_rank = trainer.engine.optimizer, trainer.context["dp", "cp"].rank
-    for piece in master_slices(optimizer, trainer.engine.module.parameters(), data_rank):
-        state = inner_optimizer(optimizer).state[piece.flat]
-        parts.append((spec_of(piece.parameter), piece.start, piece.view(state["exp_avg"]).clone()))
+    optimizer = trainer.engine.optimizer
+    for parameter in trainer.engine.module.parameters():
+        spec = spec_of(parameter)
+        data_rank = trainer.context[spec.averaged_over].rank
+        for piece in master_slices(optimizer, [parameter], data_rank):
+            state = inner_optimizer(optimizer).state[piece.flat]
+            parts.append((spec, piece.start, piece.view(state["exp_avg"]).clone()))
     gathered = [None] * case.world_size
     dist.all_gather_object(gathered, parts)
     return _merge([part for parts in gathered for part in parts])
@@ -126,8 +163,7 @@ def _merge(parts: list) -> dict[str, torch.Tensor]:
         local[start : start + gradient.numel()] = gradient
     for spec, local in flats.items():
         whole = full.setdefault(spec.name, torch.full(spec.full_shape, torch.nan))
-        box = tuple(slice(a, a + n) for a, n in zip(spec.box_start, spec.box_shape, strict=True))
-        whole[box] = local[tuple(slice(0, n) for n in spec.box_shape)]
+        whole[spec.box] = local[tuple(slice(0, n) for n in spec.box_shape)]
     return full
 
 
@@ -152,14 +188,15 @@ def assert_same_gradients(curve: Curve, reference: Curve) -> None:
         )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + EXPERT_CASES, ids=str)
 def test_every_layout_gives_the_losses_norms_and_gradients_of_one_process(case):
-    curves = curves_of_world(case.world_size)[case]
+    curves = curves_of_world(case.world_size, case.model_kind)[case]
     try:
         for curve in curves:
             assert_same_numbers("loss", curve.losses, expected(case).losses)
             assert_same_numbers("norm", curve.norms, expected(case).norms)
             assert_same_gradients(curve, expected(case))
+            assert (curve.tokens, curve.biases) == (expected(case).tokens, expected(case).biases)
     except AssertionError as error:
         raise AssertionError(f"{error}\n{describe_departure(case)}") from error
 
@@ -174,12 +211,12 @@ def test_the_first_loss_hardly_depends_on_the_layout():
 
 
 def test_clipping_is_active_in_every_step():
-    assert min(expected(CASES[0]).norms) > CLIP
+    assert min(expected(CASES[0]).norms + expected(EXPERT_CASES[0]).norms) > CLIP
 
 
 def test_control_another_seed_is_noticed_in_losses_norms_and_gradients():
     case = CASES[0]
-    other = expected_of(case.tied, case.documents, case.uneven, seed=SEED + 1)
+    other = expected_of(case, seed=SEED + 1)
     with pytest.raises(AssertionError, match="loss of step 0"):
         assert_same_numbers("loss", other.losses, expected(case).losses)
     with pytest.raises(AssertionError, match="norm of step 0"):
@@ -188,7 +225,7 @@ def test_control_another_seed_is_noticed_in_losses_norms_and_gradients():
         assert_same_gradients(other, expected(case))
 
 
-@pytest.mark.parametrize("name", sorted(expected_of(False, False, False).gradients))
+@pytest.mark.parametrize("name", sorted(expected_of(CASES[0]).gradients))
 def test_control_one_wrong_gradient_is_noticed(name):
     """As a reduction over two ranks that was forgotten in a part of one tensor: a hundredth of it halved."""
     curve = replace(expected(CASES[0]), norms=[0.0])

@@ -140,10 +140,12 @@ def global_batch(step: int, *, documents: bool = False, uneven: bool = False, pa
     return Batch(tokens[:, :-1], labels, weights, document_starts=starts, padding=padding)
 
 
+def global_batch_of(case: Case, step: int) -> Batch:
+    return global_batch(step, documents=case.documents, uneven=case.uneven, padded=case.padded)
+
+
 def micro_batches(step: int, context: ParallelContext, case: Case | None = None) -> list[Batch]:
     """This rank's part of a global batch."""
-    case = case or Case()
-    batch = global_batch(step, documents=case.documents, uneven=case.uneven, padded=case.padded)
     dp = context["dp"]
-    mine = batch.split(dp.size)[dp.rank]
+    mine = global_batch_of(case or Case(), step).split(dp.size)[dp.rank]
     return mine.split(BATCH // dp.size // MICRO_BATCH)

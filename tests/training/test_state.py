@@ -76,10 +76,10 @@ def initial_weights(case):
 @cache
 def reference_norm():
     """The first step's norm over the parameters that are trained, by autograd in one process."""
-    from tests.reference import mean_loss, transformers_llama
+    from tests.reference import mean_loss, transformers_model
     from tests.trainers import MODEL, SEED, global_batch
 
-    llama = transformers_llama(MODEL, SEED)
+    llama = transformers_model(MODEL, SEED)
     mean_loss(llama, global_batch(1)).backward()
     trained = [p.grad for name, p in llama.named_parameters() if p.dim() > 1 and name != FROZEN]
     return sum(grad.double().square().sum() for grad in trained).sqrt().item()
