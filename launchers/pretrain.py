@@ -45,7 +45,9 @@ def configure(argv: list[str] | None, world_size: int) -> tuple[RunConfig, DeepS
         args.config = None
     run = load_run(args.config, args.overrides, args.deepspeed_config)
     known = {"dp_size": run.dp_size_of(world_size), "hidden_size": run.model.hidden_size}
-    return run, load_deepspeed(args.deepspeed_config, args.config or "the run", **known)
+    deepspeed = load_deepspeed(args.deepspeed_config, args.config or "the run", **known)
+    run.check_zero_stage(deepspeed.zero_stage)
+    return run, deepspeed
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,6 +17,7 @@ VARIANTS = {path.stem: path for path in DEEPSPEED if path.stem.startswith("zero"
 
 PARAMETERS = {
     "demo": 918_144,
+    "laptop_2m": 2_016_960,
     "lillm_39m": 39_596_544,
     "lillm_300m": 291_554_304,
     "lightlm_ffn": 146_833_920,
@@ -126,12 +127,6 @@ def test_a_variant_is_what_its_name_says(name):
 def test_the_460m_run_is_lite_llama():
     model = load_run(str(CONFIGS / "runs/pretrain_460m.yaml"), []).model
     assert (model.rope_theta, model.rms_norm_eps, model.eos_token_id) == (1e4, 1e-6, 50256)
-
-
-def test_the_laptop_run_has_two_million_parameters():
-    run = load_run(str(CONFIGS / "runs/laptop_2m.yaml"), [])
-    embedding, layers = 2048 * 192, 4 * (2 * 192 * 6 * 32 + 2 * 192 * 3 * 32 + 3 * 192 * 512 + 2 * 192)
-    assert num_parameters(run.model) == embedding + layers + 192 == 2_016_960
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 8])

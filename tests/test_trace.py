@@ -17,6 +17,7 @@ LAYOUTS = [
     Case(dp=2),
     Case(tp=2, pp=2, zero=2, sp=False, recompute="full", documents=True, uneven=True),
     Case(pp=2, dp=2, schedule="afab", recompute="selective", tied=True),
+    Case(tp=2, dp=2, ep=2, model_kind="experts"),
 ]
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from megalite.model.llama import LlamaStage
+from megalite.model.moe import RoutedExperts, TopKRouter
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.linear import ColumnParallelLinear, MergedColumnLinear, RowParallelLinear
 from megalite.parallel.shard import spec_of
@@ -132,7 +133,8 @@ class Tracer:
         self._micro_batch = -1
         stage.register_forward_pre_hook(self._next_micro_batch)
         for path, module in stage.named_modules():
-            if path and not isinstance(module, nn.ModuleDict):
+            # What routed experts give is a part of a sum over tp: it is heard of as their layer's.
+            if path and not isinstance(module, nn.ModuleDict | TopKRouter | RoutedExperts):
                 self._listen(path if path == "lm_head" else f"model.{path}", module)
 
     def local(self, gradient_scale: float = 1.0) -> dict[Key, Part]:

@@ -114,9 +114,14 @@ def deepspeed_config(case: Case, **zero_options: Any) -> DeepSpeedConfig:
 
 
 def build_trainer(
-    rank: int, case: Case, optimizer: OptimizerConfig = ADAM, seed: int = SEED, **zero_options: Any
+    rank: int,
+    case: Case,
+    optimizer: OptimizerConfig = ADAM,
+    seed: int = SEED,
+    model: ModelConfig | None = None,
+    **zero_options: Any,
 ) -> StageTrainer:
-    run = run_config(case, optimizer, seed=seed)
+    run = run_config(case, optimizer, seed=seed, model=model or case.model)
     context = build_context(run, rank, case.world_size, torch.device("cpu"))
     return StageTrainer(run, deepspeed_config(case, **zero_options), context)
 

@@ -27,7 +27,7 @@ example:
 """
 QUOTED = re.compile(r'"""(.*?)"""', re.DOTALL)
 MARKUP = re.compile(r":\w+(?::\w+)?:(?=`)|[`*]|(?<=\s)\\")  # of reStructuredText
-SYMBOLS = re.compile(r"[{}<>=\[\]\\|_#@~^$+/]|::|\.\.")  # they belong to code, formulas and tables
+SYMBOLS = re.compile(r"[{}<>=\[\]\\|_#@~^$+/]|::|--|\.\.")  # they belong to code, formulas and tables
 WORD = re.compile(r"[(\"']*[A-Za-z][a-z'-]*[.,;:?!)\"']*")  # an English one, with its punctuation
 MIN_CHARACTERS = 60
 MIN_WORDS_SHARE = 0.9

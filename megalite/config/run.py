@@ -250,6 +250,15 @@ class RunConfig(Section):
                     f"parallel.ep_size {ep_size} does not divide {what}, {size}: use a divisor of {size}"
                 )
 
+    def check_zero_stage(self, stage: int) -> None:
+        """Raise ConfigError where DeepSpeed has one data-parallel group, and experts would need another."""
+        ep_size = self.parallel.ep_size
+        if ep_size > 1 and stage < 3:
+            raise ConfigError(
+                f"parallel.ep_size {ep_size} needs ZeRO stage 3 and the DeepSpeed JSON says {stage}, where "
+                "all gradients are averaged over one group: use stage 3, or parallel.ep_size=1"
+            )
+
     def _check_sequence(self, tp_size: int) -> None:
         seq_length, longest = self.data.seq_length, self.model.max_position_embeddings
         if seq_length > longest:

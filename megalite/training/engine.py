@@ -97,7 +97,7 @@ class StageEngine:
         self.dtype = TORCH_DTYPES[config.precision]
         settings = deepspeed_settings(config, num_micro_batches, parameter_gathering)
         mpu = ModelParallelUnit(context)
-        _check_experts(config, context)
+        assert context["ep"].size == 1 or config.zero_stage == 3, "experts over ranks need ZeRO-3"
         with _Partitioning(
             context,
             enabled=config.zero_stage == 3,
@@ -272,16 +272,6 @@ class _Partitioning(deepspeed.zero.Init):
             parameter.ds_zero_placement_family = "autoep_expert"
             parameter.ds_zero_partition_group_name = EXPERTS
         super()._convert_to_deepspeed_param(parameter)
-
-
-def _check_experts(config: DeepSpeedConfig, context: ParallelContext) -> None:
-    """Raise EngineError where DeepSpeed has one data-parallel group, and experts would need another."""
-    ep_size = context["ep"].size
-    if ep_size > 1 and config.zero_stage < 3:
-        raise EngineError(
-            f"parallel.ep_size {ep_size} needs ZeRO stage 3 and the DeepSpeed JSON says {config.zero_stage}, "
-            "where all gradients are averaged over one group: use stage 3, or parallel.ep_size=1"
-        )
 
 
 def deepspeed_settings(

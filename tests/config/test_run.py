@@ -5,6 +5,7 @@ from megalite.config.load import ConfigError, load_run
 from megalite.config.model import ModelConfig
 from megalite.config.run import DataConfig, RunConfig
 
+EXPERTS = ["model.n_routed_experts=8", "model.moe_intermediate_size=64"]
 CASES = [
     (["parallel.tp_size=2", "parallel.pp_size=3"], 8, ["8 processes", "tp_size 2 x pp_size 3", "of 6"]),
     (["parallel.tp_size=3"], 3, ["model.num_attention_heads 8", "parallel.tp_size 3"]),
@@ -17,6 +18,11 @@ CASES = [
     (["data.seq_length=257"], 1, ["data.seq_length 257", "model.max_position_embeddings 256"]),
     (["data.seq_length=127", "parallel.tp_size=2"], 2, ["data.seq_length 127", "tp_size 2", "l=false"]),
     (["parallel.pp_size=5"], 5, ["parallel.pp_size 5", "model.num_hidden_layers 4"]),
+    (["parallel.ep_size=2"], 2, ["parallel.ep_size 2", "model.n_routed_experts"]),
+    ([*EXPERTS, "parallel.ep_size=3"], 3, ["parallel.ep_size 3", "model.n_routed_experts, 8"]),
+    ([*EXPERTS, "parallel.ep_size=4"], 6, ["parallel.ep_size 4", "data-parallel ranks, 6"]),
+    ([*EXPERTS, "parallel.ep_size=4", "parallel.tp_size=2"], 4, ["ep_size 4", "ranks, 2"]),
+    ([*EXPERTS, "parallel.tp_size=8", "model.moe_intermediate_size=60"], 8, ["moe_intermediate_size 60", "8"]),
 ]  # fmt: skip
 
 
@@ -36,11 +42,32 @@ def test_a_layout_that_does_not_fit_is_refused_with_both_numbers(overrides, worl
         (["parallel.tp_size=2", "parallel.pp_size=2"], 8),
         (["parallel.tp_size=8"], 8),  # each key-value head on two ranks
         (["parallel.pp_size=4"], 4),
+        ([*EXPERTS, "parallel.ep_size=4", "parallel.tp_size=2", "parallel.pp_size=2"], 16),
         (["data.seq_length=127", "parallel.tp_size=2", "parallel.sequence_parallel=false"], 2),
     ],
 )
 def test_a_layout_that_fits_is_accepted(overrides, world_size):
     load_run(None, overrides).dp_size_of(world_size)
+
+
+WIDE = {"n_routed_experts": 4, "moe_intermediate_size": 8}
+
+
+def test_experts_spread_over_ranks_need_zero_stage_3():
+    run = load_run(None, [*EXPERTS, "parallel.ep_size=2"])
+    run.check_zero_stage(3)
+    for stage in (0, 1, 2):
+        with pytest.raises(
+            ConfigError, match=f"ep_size 2 needs ZeRO stage 3 and the DeepSpeed JSON says {stage}"
+        ):
+            run.check_zero_stage(stage)
+    load_run(None, EXPERTS).check_zero_stage(0)
+
+
+def test_the_quantile_rule_needs_a_choice():
+    everything = ["model.num_experts_per_tok=8", "balancing.rule=quantile"]
+    with pytest.raises(ConfigError, match="'quantile' has no choice: every token goes to all 8 experts"):
+        load_run(None, [*EXPERTS, *everything])
 
 
 def test_null_heads_and_width_follow_the_query_heads():
@@ -57,6 +84,13 @@ def test_null_heads_and_width_follow_the_query_heads():
         ({"hidden_size": 190}, "hidden_size 190 is not divisible by num_attention_heads 8"),
         ({"num_key_value_heads": 3}, "num_attention_heads 8 is not divisible by num_key_value_heads 3"),
         ({"head_dim": 7}, "head_dim 7 is odd"),
+        ({"n_routed_experts": 4, "moe_intermediate_size": 8, "num_experts_per_tok": 6}, "4 is fewer than"),
+        ({"n_routed_experts": 4}, "n_routed_experts have no width"),
+        ({"n_routed_experts": 4, "n_shared_experts": 1}, "n_shared_experts have no width: set moe_"),
+        ({"n_shared_experts": 1}, "n_routed_experts 0: set n_routed_experts"),
+        ({**WIDE, "first_k_dense_replace": 4}, "first_k_dense_replace 4 leaves no layer of"),
+        ({**WIDE, "num_experts_per_tok": 1}, "the gate of num_experts_per_tok 1 is always 1"),
+        ({**WIDE, "mlp_bias": True}, "experts have no biases: set mlp_bias=false"),
         ({"eos_token_id": 257}, "eos_token_id 257 is outside the vocabulary of vocab_size 257"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "needs low_freq_factor, high_freq_factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 8, "low_freq_factor": 1}}, "takes no low_freq"),

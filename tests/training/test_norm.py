@@ -23,15 +23,23 @@ CASES = [
     *(Case(pp=4, zero=zero, tied=True) for zero in (0, 1, 2, 3)),
     Case(pp=2, dp=2, gathering="micro_batch"),
     Case(pp=2, dp=2, zero=1, precision="bf16"),
+    *(Case(tp=2, pp=2, zero=zero, model_kind="experts") for zero in (0, 1, 2, 3)),
+    Case(tp=4, model_kind="experts"),
+    Case(pp=4, model_kind="experts", tied=True),
+    *(Case(dp=4, ep=ep, model_kind="experts") for ep in (1, 2, 4)),
+    Case(tp=2, dp=2, ep=2, sp=False, model_kind="experts"),
+    Case(pp=2, dp=2, ep=2, tied=True, model_kind="experts"),
 ]
 
 
-def set_to_one(parameter, num_micro_batches):
+def set_to_one(parameter, num_micro_batches, context):
     """From now on each backward gives 1 per micro batch's share, in what counts of the parameter."""
     spec = spec_of(parameter)
     ones = torch.zeros(spec.local_shape)
     box = tuple(slice(0, size) for size in spec.box_shape)
     ones[box] = 1 / num_micro_batches / (2 if spec.is_tied else 1)  # tied: two stages' are summed
+    # An expert on fewer ranks sees the tokens of the others too.
+    ones *= context["dp", "cp"].size / context[spec.averaged_over].size
 
     def replace(gradient):
         return ones.to(gradient, copy=True).view(gradient.shape)
@@ -46,7 +54,7 @@ def norms(rank, cases):
         trainer = build_trainer(rank, case)
         batches = micro_batches(0, trainer.context)
         for parameter in trainer.engine.module.parameters():
-            set_to_one(parameter, len(batches))
+            set_to_one(parameter, len(batches), trainer.context)
         found.append(trainer.train_step(batches, 1e-3).grad_norm)
     return found
 
