@@ -92,6 +92,8 @@ BF16_CASES = [
     Case(pp=2, zero=1, tied=True, precision="bf16"),
     Case(tp=2, pp=2, tied=True, precision="bf16"),
     Case(dp=2, precision="bf16"),
+    Case(dp=2, ep=2, precision="bf16", model_kind=E),
+    Case(tp=2, zero=1, precision="bf16", model_kind=E),
 ]
 
 
@@ -253,7 +255,7 @@ def test_bf16_stays_near_fp32_in_every_layout(case):
     The loss averages 128 tokens' roundings: 1 % is allowed, and 5 % of the gradient norm, in which the
     errors of four layers add up. A lost micro batch or a norm counted twice would be off by 30 % and more.
     """
-    for curve in curves_of_world(case.world_size)[case]:
+    for curve in curves_of_world(case.world_size, case.model_kind)[case]:
         got = torch.tensor([curve.losses, curve.norms])
         want = torch.tensor([expected(case).losses, expected(case).norms])
         relative = ((got - want) / want).abs().amax(dim=1)

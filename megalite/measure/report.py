@@ -5,8 +5,9 @@ import resource
 import torch
 
 from megalite.config.deepspeed import DeepSpeedConfig
+from megalite.config.model import ModelConfig
 from megalite.config.run import RunConfig
-from megalite.model.flops import model_state_bytes_per_rank, num_parameters
+from megalite.model.flops import model_state_bytes_per_rank, num_active_parameters, num_parameters
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.topology import DATA_AXES
 
@@ -19,11 +20,13 @@ def describe_run(run: RunConfig, deepspeed: DeepSpeedConfig, context: ParallelCo
     layout = f"tensor {tp_size} x pipeline {pp_size} x data {dp_size}"
     if run.parallel.sequence_parallel and tp_size > 1:
         layout += ", sequence parallel"
+    if context["ep"].size > 1:
+        layout += f", experts over {context['ep'].size} of these"
     if pp_size > 1:
         layout += f", {run.parallel.pipeline_schedule} schedule"
     return "\n".join(
         [
-            f"model    {num_parameters(run.model):,} parameters",
+            f"model    {num_parameters(run.model):,} parameters{_active(run.model)}",
             f"layout   {context.topology.world_size} ranks = {layout}; ZeRO-{deepspeed.zero_stage}, "
             f"{deepspeed.precision}",
             f"batch    {batch} samples = {dp_size} data-parallel ranks x {num_micro_batches} micro batches x "
@@ -32,6 +35,10 @@ def describe_run(run: RunConfig, deepspeed: DeepSpeedConfig, context: ParallelCo
             f"output   {run.output_dir}",
         ]
     )
+
+
+def _active(model: ModelConfig) -> str:
+    return f", {num_active_parameters(model):,} active per token" if model.n_routed_experts else ""
 
 
 def torch_device_name(device: torch.device) -> str:

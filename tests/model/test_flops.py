@@ -5,9 +5,11 @@ from megalite.model.flops import (
     flops_per_token,
     model_state_bytes,
     model_state_bytes_per_rank,
+    num_active_parameters,
     num_parameters,
     parameters_of_fullest_stage,
 )
+from megalite.model.table import layer_table
 
 # name: V, h, L, A, K, i, tied, parameters as published
 PUBLISHED = {
@@ -57,6 +59,24 @@ def test_flops_agree_with_megatron_without_recomputation():
     megatron = 72 * layers * hidden**2 + 12 * layers * hidden * seq_length + 6 * vocab * hidden
     assert flops_per_token(config, seq_length) == megatron
     assert flops_per_token(config, seq_length + 1) != megatron
+
+
+def test_flops_count_the_experts_that_a_token_uses_and_parameters_all():
+    """A dense MLP as wide as the chosen and shared experts together does the same work, without a router."""
+    dense = llama(1000, 192, 5, 8, 8, 3 * 64)
+    experts = {"n_routed_experts": 16, "num_experts_per_tok": 2, "n_shared_experts": 1}
+    sparse = ModelConfig(**dense.model_dump() | experts | {"moe_intermediate_size": 64})
+    routers = 5 * 16 * 192
+    assert flops_per_token(sparse, 64) - flops_per_token(dense, 64) == 6 * routers
+    assert num_active_parameters(sparse) - num_parameters(dense) == routers
+    assert num_parameters(sparse) - num_parameters(dense) == routers + 5 * 14 * 3 * 192 * 64
+
+
+def test_the_fullest_stage_has_the_layers_with_experts():
+    model = ModelConfig(n_routed_experts=8, moe_intermediate_size=640, first_k_dense_replace=2)
+    last_two = [row.num_elements for layer in (2, 3) for row in layer_table(model, layer)]
+    head = model.vocab_size * model.hidden_size + model.hidden_size
+    assert parameters_of_fullest_stage(model, pp_size=2) == sum(last_two) + head
 
 
 def test_flops_count_the_output_layer_whether_tied_or_not():
