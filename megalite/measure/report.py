@@ -18,10 +18,10 @@ def describe_run(run: RunConfig, deepspeed: DeepSpeedConfig, context: ParallelCo
     tp_size, pp_size, dp_size = (context[axis].size for axis in ("tp", "pp", "dp"))
     num_micro_batches = deepspeed.num_micro_batches(dp_size)
     layout = f"tensor {tp_size} x pipeline {pp_size} x data {dp_size}"
+    if context["ep"].size > 1:
+        layout += f" (experts over {context['ep'].size} of these)"
     if run.parallel.sequence_parallel and tp_size > 1:
         layout += ", sequence parallel"
-    if context["ep"].size > 1:
-        layout += f", experts over {context['ep'].size} of these"
     if pp_size > 1:
         layout += f", {run.parallel.pipeline_schedule} schedule"
     return "\n".join(

@@ -154,8 +154,8 @@ class ExpertBalancing:
         shape = (len(routers), model.n_routed_experts, 1 + rule.num_bins)
         self._tally = torch.zeros(shape, dtype=torch.int64, device=context.device)  # counts, then bins
         self._loss = torch.zeros((), dtype=torch.float64, device=context.device)
-        for place, router in enumerate(routers.values()):
-            router.observer = partial(self._observe, place)
+        for router, tally in zip(routers.values(), self._tally, strict=True):
+            router.observer = partial(self._observe, tally, router)
 
     def begin_step(self, loss_gradient: float) -> None:
         """Count from 0; loss_gradient: of the balancing loss of one sample."""
@@ -183,7 +183,8 @@ class ExpertBalancing:
     @torch.no_grad()
     def _observe(
         self,
-        place: int,
+        tally: torch.Tensor,
+        router: TopKRouter,
         scores: torch.Tensor,
         chosen: torch.Tensor,
         padding: torch.Tensor | None,
@@ -192,10 +193,8 @@ class ExpertBalancing:
         if padding is not None:
             scores, chosen = scores[~padding], chosen[~padding]
         num_experts = self.model.n_routed_experts
-        tally = self._tally[place]
         tally[:, 0] += torch.bincount(chosen.flatten(), minlength=num_experts)
         if self.rule.num_bins:
-            router = list(self.routers.values())[place]
             bins = self.rule.bins_of(scores.flatten(0, -2), router.bias)
             bins += torch.arange(num_experts, device=bins.device) * self.rule.num_bins
             size = num_experts * self.rule.num_bins

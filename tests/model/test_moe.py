@@ -193,7 +193,7 @@ def wrong_router(self, x, padding=None, *, gate_has_bias=False, ignores_bias=Fal
 
 
 def padding_counted(observe):
-    return lambda self, place, scores, chosen, padding, loss: observe(self, place, scores, chosen, None, loss)
+    return lambda *told: observe(*told[:-2], None, told[-1])
 
 
 def patched_router(**flags):
