@@ -9,14 +9,16 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from megalite.checkpoint.format import CheckpointError
-from megalite.checkpoint.hf import export, hf_config
+from megalite.checkpoint.hf import export
+from megalite.checkpoint.hf_config import hf_config
+from megalite.checkpoint.hf_folder import HFFolder
 from megalite.checkpoint.load import read_config
 from megalite.checkpoint.model import build_transformers_model
-from megalite.checkpoint.verification import largest_difference
+from megalite.checkpoint.verification import largest_difference, verify_export
 from megalite.checkpoint.weights import DTYPES, Weights
 from megalite.config.model import ModelConfig
 from megalite.model.table import model_table
-from tests.checkpoint.llamas import VARIANTS, logits, random_llama, save_llama, tiny_run
+from tests.checkpoint.llamas import EXPERT_VARIANTS, VARIANTS, logits, random_llama, save_llama, tiny_run
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -26,7 +28,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS | EXPERT_VARIANTS)
 def test_logits_of_the_export_equal_the_originals_exactly(tmp_path, variant):
     run = tiny_run(variant)
     original = random_llama(run.model)
@@ -86,7 +88,7 @@ def test_a_wrong_converter_is_noticed(tmp_path, monkeypatch, wrong):
     exported = export(Weights(checkpoint, run.model), tmp_path / "hf")
     monkeypatch.undo()
     assert (logits(load(exported)) - logits(original)).abs().max() > 1e-3
-    assert largest_difference(Weights(checkpoint, run.model), exported) > 0
+    assert largest_difference(Weights(checkpoint, run.model), HFFolder(exported)) > 0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -98,9 +100,9 @@ def test_weights_are_rounded_once_to_the_asked_dtype(tmp_path, dtype):
     loaded = load(exported, dtype=DTYPES[dtype]).state_dict()
     for name, weight in original.state_dict().items():
         assert loaded[name].equal(weight.to(DTYPES[dtype]))
-    assert largest_difference(Weights(checkpoint, run.model, dtype), exported) == 0
+    assert largest_difference(Weights(checkpoint, run.model, dtype), HFFolder(exported)) == 0
     with pytest.raises(CheckpointError, match="as torch"):
-        largest_difference(Weights(checkpoint, run.model), exported)
+        verify_export(Weights(checkpoint, run.model), exported)
 
 
 def test_shards_hold_every_tensor_once_and_stay_below_the_limit(tmp_path):

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from megalite.checkpoint.format import CheckpointError
 from megalite.checkpoint.hf import export
-from megalite.checkpoint.verification import Verification, verify
+from megalite.checkpoint.verification import Verification, verify_export
 from megalite.checkpoint.weights import Weights
 from tests.checkpoint.llamas import random_llama, save_llama, tiny_run
 
@@ -26,7 +26,7 @@ def change_export(folder, change) -> None:
 
 
 def test_an_export_holds(weights, tmp_path):
-    found = verify(weights, export(weights, tmp_path / "hf"))
+    found = verify_export(weights, export(weights, tmp_path / "hf"))
     assert found.holds and found.weight_difference == 0 < found.largest_logit
 
 
@@ -34,14 +34,14 @@ def test_an_export_holds(weights, tmp_path):
 def test_an_export_with_another_number_does_not_hold(weights, tmp_path, value):
     exported = export(weights, tmp_path / "hf")
     change_export(exported, lambda tensors: tensors["model.norm.weight"][3].fill_(value))
-    found = verify(weights, exported)
+    found = verify_export(weights, exported)
     assert not found.holds and found.weight_difference != 0
 
 
 def test_weights_alone_are_no_proof(weights, tmp_path):
     """The same numbers, read with another rope base."""
     other = Weights(weights.checkpoint, weights.model.model_copy(update={"rope_theta": 500.0}), weights.dtype)
-    found = verify(weights, export(other, tmp_path / "hf"))
+    found = verify_export(weights, export(other, tmp_path / "hf"))
     assert found.weight_difference == 0 and not found.holds
 
 
@@ -49,7 +49,7 @@ def test_a_tensor_too_few_is_named(weights, tmp_path):
     exported = export(weights, tmp_path / "hf")
     change_export(exported, lambda tensors: tensors.pop("lm_head.weight"))
     with pytest.raises(CheckpointError, match=r"lm_head.weight is only in one of"):
-        verify(weights, exported)
+        verify_export(weights, exported)
 
 
 @pytest.mark.parametrize(
