@@ -114,11 +114,9 @@ def prove(weights: Weights, output: Path) -> int:
     """Say how far the export is from its checkpoint; 0 when they agree."""
     found = verify_export(weights, output)
     print(found)
-    if found.holds:
-        print("verified")
-        return 0
-    print(f"error: {output} does not agree with {weights.checkpoint}", file=sys.stderr)
-    return 1
+    if not found.holds:
+        print(f"error: {output} does not agree with {weights.checkpoint}", file=sys.stderr)
+    return 0 if found.holds else 1
 
 
 if __name__ == "__main__":

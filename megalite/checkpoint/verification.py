@@ -37,7 +37,7 @@ class Verification:
         return (
             f"largest difference of a weight after the cast: {self.weight_difference:g}\n"
             f"largest difference of a logit, transformers against megalite: {self.logit_difference:g} "
-            f"(largest logit: {self.largest_logit:g})"
+            f"(largest logit: {self.largest_logit:g})" + "\nverified" * self.holds
         )
 
 
