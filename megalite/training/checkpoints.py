@@ -68,10 +68,14 @@ class Checkpoints:
         folder = self._find(path)
         if folder is not None:
             return folder
-        kind = "no checkpoint"
         if (path / "config.json").exists():
-            kind = "a Hugging Face folder: make a checkpoint of it with tools/convert_from_hf.py; expected"
-        raise CheckpointError(f"checkpoint.start_from {path} is {kind}: RUN_DIR/checkpoints, or a step in it")
+            raise CheckpointError(
+                f"checkpoint.start_from {path} is a Hugging Face folder: make a checkpoint of it first, with "
+                "tools/convert_from_hf.py"
+            )
+        raise CheckpointError(
+            f"checkpoint.start_from {path} holds no checkpoint: expected RUN_DIR/checkpoints, or a step in it"
+        )
 
     def _continue(self, engine: StageEngine, folder: Path) -> int:
         state = read_state(folder)
