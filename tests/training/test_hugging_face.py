@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megalite.checkpoint.format import list_steps
+from megalite.checkpoint.format import CheckpointError, list_steps
 from megalite.checkpoint.hf import export, import_folder
 from megalite.checkpoint.hf_folder import HFFolder
 from megalite.checkpoint.load import read_config
@@ -159,14 +159,16 @@ def test_an_import_among_a_runs_own_checkpoints_is_a_start(imported, tmp_path):
     assert "rope_theta" not in said[0] and "; model.rope_theta 10000.0 -> 500.0" in said[1]
 
 
-def refused(rank, case, folder, start_from) -> str:
+def refusals(rank, attempts, folder) -> list[str]:
+    """What is said of each attempt to begin: (case, start_from)."""
     initialize_communication()
-    checkpoints = checkpoints_of(rank, case, folder, start_from=start_from)
-    try:
-        checkpoints.resume(build_trainer(rank, case).engine)
-    except ValueError as error:
-        return str(error)
-    return "nothing"
+    told = []
+    for case, start_from in attempts:
+        checkpoints = checkpoints_of(rank, case, folder, start_from=start_from)
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.resume(build_trainer(rank, case).engine)
+        told.append(str(caught.value))
+    return told
 
 
 def test_a_start_that_does_not_fit_is_refused_in_one_line(imported, tmp_path):
@@ -181,6 +183,7 @@ def test_a_start_that_does_not_fit_is_refused_in_one_line(imported, tmp_path):
         (Case(), str(tmp_path / "absent"), "absent holds no checkpoint: expected RUN_DIR/checkpoints"),
         (Case(), str(tmp_path / "step-00000007"), "there is no checkpoint "),
     ]
-    for case, start_from, message in expected:
-        told = run_distributed(refused, 1, case, tmp_path, start_from)[0]
-        assert message in told and "\n" not in told
+    attempts = [(case, start_from) for case, start_from, _ in expected]
+    told = run_distributed(refusals, 1, attempts, tmp_path)[0]
+    for line, (_, _, message) in zip(told, expected, strict=True):
+        assert message in line and "\n" not in line
