@@ -156,7 +156,7 @@ def load_pieces(
 
 
 class TensorReader:
-    """Reads logical tensors out of one checkpoint; each file's piece table is read once, when needed."""
+    """Reads logical tensors out of one checkpoint; each file is opened once, when needed, and kept."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = Path(checkpoint)
@@ -165,6 +165,7 @@ class TensorReader:
             (entry.kind, entry.name): entry.full_shape for entry in self.manifest.tensors
         }
         self._tables: dict[str, dict[tuple[str, str], list[PieceRow]]] = {}
+        self._sources: dict[str, Any] = {}
 
     def read(self, kind: str, name: str) -> torch.Tensor:
         """One full logical float32 tensor."""
@@ -231,9 +232,10 @@ class TensorReader:
         found = [(i, p, table[p.kind, p.name]) for i, p in wanted if (p.kind, p.name) in table]
         if not found:
             return
-        with safe_open(self.checkpoint / file, framework="pt") as source:
-            for i, piece, rows in found:
-                yield i, sum(_copy(source, row, piece) for row in rows)
+        if file not in self._sources:
+            self._sources[file] = safe_open(self.checkpoint / file, framework="pt")
+        for i, piece, rows in found:
+            yield i, sum(_copy(self._sources[file], row, piece) for row in rows)
 
     def _shape(self, kind: str, name: str) -> Shape:
         try:

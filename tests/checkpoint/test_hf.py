@@ -188,6 +188,23 @@ def test_one_expert_is_read_without_the_others(tmp_path, monkeypatch):
     assert part.name.endswith("e_score_correction_bias")
 
 
+def test_many_tensors_are_read_from_files_that_were_opened_once(tmp_path, monkeypatch):
+    run = tiny_run("experts")
+    checkpoint = save_llama(tmp_path, random_llama(run.model), run)
+    opened: list[str] = []
+    safe_open = load_module.safe_open
+
+    def counted(path, **options):
+        opened.append(path.name)
+        return safe_open(path, **options)
+
+    monkeypatch.setattr(load_module, "safe_open", counted)
+    weights = Weights(checkpoint, run.model)
+    for name in weights.parts:
+        weights.read(name)
+    assert len(opened) == 2 * 4 and len(set(opened)) == 4  # its table and its tensors, of each rank's file
+
+
 def test_a_softmax_router_is_refused_before_anything_is_written(tmp_path):
     run = tiny_run("experts")
     checkpoint = save_llama(tmp_path / "checkpoints", random_llama(run.model), run)

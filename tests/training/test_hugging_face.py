@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from megalite.checkpoint.format import CheckpointError, list_steps
 from megalite.checkpoint.hf import export, import_folder
 from megalite.checkpoint.hf_folder import HFFolder
-from megalite.checkpoint.load import read_config
+from megalite.checkpoint.load import TensorReader, read_config
 from megalite.checkpoint.model import build_megalite_model, megalite_logits
 from megalite.checkpoint.weights import Weights
 from megalite.config.run import CheckpointConfig, RunConfig
@@ -109,6 +109,7 @@ def start(rank, case, folder, start_from):
     trainer = build_trainer(rank, case)
     first_step = checkpoints.resume(trainer.engine) + 1
     before = loss_on(trainer, case)
+    checkpoints.save(trainer.engine, 1)
     batches = micro_batches(UNSEEN, trainer.context, case)
     losses = [trainer.train_step(batches, ADAM.learning_rate).loss for _ in range(2)]
     checkpoints.save(trainer.engine, 2)
@@ -131,7 +132,19 @@ def test_a_run_begins_with_the_weights_that_were_imported(case, imported, tmp_pa
     # The run's own checkpoint wins over start_from.
     assert steps == (1, 3) and resumed == after != before
     assert said[0].startswith(f"starts from the weights of {checkpoint}")
+    assert_fresh_start(TensorReader(tmp_path / "checkpoints" / "step-00000001"), TensorReader(checkpoint))
     assert said[1] == f"resumed from {tmp_path / 'checkpoints' / 'step-00000002'}"
+
+
+def assert_fresh_start(started: TensorReader, imported: TensorReader) -> None:
+    """Masters and biases are the imported ones bit for bit, the optimizer knows nothing."""
+    assert {entry.kind for entry in started.manifest.tensors} >= {"weight", "exp_avg", "exp_avg_sq"}
+    for entry in started.manifest.tensors:
+        found = started.read(entry.kind, entry.name)
+        if entry.kind in ("weight", "buffer"):
+            assert found.equal(imported.read(entry.kind, entry.name)), entry.name
+        else:
+            assert not found.any(), entry.name
 
 
 def start_twice(rank, case, folder):
