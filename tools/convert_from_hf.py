@@ -28,7 +28,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit status."""
     arguments = build_parser().parse_args(argv)
-    return run_command(lambda: convert(arguments))
+    return run_command(lambda: convert(arguments), interrupted="no checkpoint was written")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -35,14 +35,13 @@ def export(
     add_files: Callable[[Path], object] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Path:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads. Memory: one tensor, of experts
-    one.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads. Memory: one tensor, of a stack one entry.
 
     add_files: called with the folder before it gets its final name, to put a tokenizer into it.
     progress:  called with the bytes of each tensor when it is about to be written.
 
-    Raises CheckpointError when `output` exists and is not an empty folder, when transformers has no
-    class for such a model, or when a weight is too large for float16. Then `output` is not touched.
+    Raises CheckpointError when `output` exists and is not an empty folder, when transformers has no class
+    for such a model, or when a weight is too large for float16. Then `output` is not touched.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -87,11 +86,13 @@ def _write_shards(folder: Path, entries: list[Entry], max_shard_bytes: int) -> N
 def _shards(entries: list[Entry], max_bytes: int) -> Iterator[list[Entry]]:
     """Runs of entries of at most `max_bytes`; a larger tensor stands alone."""
     shard: list[Entry] = []
+    size_bytes = 0
     for entry in entries:
-        if shard and sum(e.size_bytes for e in shard) + entry.size_bytes > max_bytes:
+        if shard and size_bytes + entry.size_bytes > max_bytes:
             yield shard
-            shard = []
+            shard, size_bytes = [], 0
         shard.append(entry)
+        size_bytes += entry.size_bytes
     yield shard
 
 
@@ -111,7 +112,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def import_folder(folder: HFFolder, root: Path, run: RunConfig) -> Path:
     """Write the checkpoint of step 0 under `root`: weights and routers' biases, nothing of an optimizer.
 
-    run: goes into it; its model is the folder's. Memory: one tensor, of experts one.
+    run: goes into it; its model is the folder's. Memory: one tensor, of a stack one entry.
 
     Raises CheckpointError when there are checkpoints already or the folder does not hold the model's tensors.
     """

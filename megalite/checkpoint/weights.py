@@ -100,7 +100,8 @@ class Weights:
         part, dtype = self.parts[name], self.dtype_of(name)
         full = self._reader.read_box(part.kind, part.tensor, *part.box).view(part.shape)
         rounded = full.to(dtype)
-        if (rounded.isinf() & full.isfinite()).any():
+        infinite = rounded.isinf()
+        if infinite.any() and (infinite & full.isfinite()).any():
             largest, limit = full[full.isfinite()].abs().max(), torch.finfo(dtype).max
             raise CheckpointError(
                 f"weight {name} reaches {largest:.4g}, {dtype} ends at {limit:.4g}: use float32"
