@@ -35,7 +35,9 @@ def export(
     add_files: Callable[[Path], object] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Path:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads. Memory: one tensor, of a stack one entry.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    Memory: one tensor, of a stack one entry.
 
     add_files: called with the folder before it gets its final name, to put a tokenizer into it.
     progress:  called with the bytes of each tensor when it is about to be written.
