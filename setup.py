@@ -37,6 +37,7 @@ setup(
         "deepspeed~=0.19.8",  # its inside is relied on: see megalite/training/engine.py
         "datasets>=3.0",
         "numpy>=1.26",
+        "psutil>=5.9",
         "pyarrow>=17",  # Parquet, and compressed text
         "pydantic>=2.10",
         "pyyaml>=6.0",

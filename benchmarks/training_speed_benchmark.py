@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from benchmarks.measurement import Measurement, in_fresh_process, median_seconds
 from megalite.batch import Batch
-from megalite.checkpoint.hf import hf_config
+from megalite.checkpoint.hf_config import hf_config
 from megalite.config.deepspeed import deepspeed_config_from
 from megalite.config.run import RunConfig
 from megalite.parallel.shard import spec_of

@@ -1,4 +1,4 @@
-"""Turn a megalite checkpoint into a Hugging Face Llama folder."""
+"""Turn a megalite checkpoint into a Hugging Face folder: a Llama, or with experts a Glm4Moe."""
 
 import argparse
 import re
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from megalite.checkpoint.hf import export
 from megalite.checkpoint.load import read_config, require_checkpoint
-from megalite.checkpoint.verification import verify
+from megalite.checkpoint.verification import verify_export
 from megalite.checkpoint.weights import DTYPES, Weights
 from megalite.config.model import ModelConfig
 from megalite.error import run_command
@@ -21,8 +21,8 @@ from megalite.tokenizer.tokenizer import Tokenizer
 
 EPILOG = """\
 The folder loads with AutoModelForCausalLM and AutoTokenizer of transformers 4 and 5. No GPU is needed, and
-the checkpoint may come from any number of processes. Memory: one tensor; --verify holds the model twice, in
-float32.
+the checkpoint may come from any number of processes. Memory: one tensor, of experts one; --verify holds the
+model twice, in float32.
 
 example:
   python tools/convert_to_hf.py --checkpoint runs/default/checkpoints --output exported --verify
@@ -71,8 +71,7 @@ def convert(arguments: argparse.Namespace) -> int:
     tokenizer = open_tokenizer(arguments.tokenizer or run.data.tokenizer, run.model)
     weights = Weights(checkpoint, with_end_of_text(run.model, tokenizer), arguments.dtype)
     num_elements = num_parameters(weights.model)
-    total_bytes = num_elements * DTYPES[weights.dtype].itemsize
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="writing") as bar:
+    with tqdm(total=weights.size_bytes, unit="B", unit_scale=True, desc="writing") as bar:
         export(
             weights,
             arguments.output,
@@ -113,17 +112,11 @@ def with_end_of_text(model: ModelConfig, tokenizer: Tokenizer | None) -> ModelCo
 
 def prove(weights: Weights, output: Path) -> int:
     """Say how far the export is from its checkpoint; 0 when they agree."""
-    found = verify(weights, output)
-    print(f"largest difference of a weight after the cast to {weights.dtype}: {found.weight_difference:g}")
-    print(
-        f"largest difference of a logit, transformers against megalite: {found.logit_difference:g} "
-        f"(largest logit: {found.largest_logit:g})"
-    )
-    if found.holds:
-        print("verified")
-        return 0
-    print(f"error: {output} does not agree with {weights.checkpoint}", file=sys.stderr)
-    return 1
+    found = verify_export(weights, output)
+    print(found)
+    if not found.holds:
+        print(f"error: {output} does not agree with {weights.checkpoint}", file=sys.stderr)
+    return 0 if found.holds else 1
 
 
 if __name__ == "__main__":

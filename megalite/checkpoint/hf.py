@@ -1,8 +1,8 @@
-"""From a megalite checkpoint to a Hugging Face Llama folder.
+"""From a megalite checkpoint to a Hugging Face folder, and back.
 
 megalite's parameters carry Hugging Face's names, shapes and order of rotary pairs, so there is nothing to
-rename, to transpose or to permute. What is left is the rounding, the cutting into shards, and a config.json
-that transformers 4 and 5 both read right.
+rename, to transpose or to permute. What is left is to take stacks of experts apart, to round and to cut into
+shards; the way back is a checkpoint whose pieces are the folder's tensors.
 """
 
 import json
@@ -13,42 +13,16 @@ from typing import Any
 
 import torch
 
-from megalite.checkpoint.format import CheckpointError
+from megalite.checkpoint.agreement import alone
+from megalite.checkpoint.format import CONFIG, CheckpointError, Piece, list_steps
+from megalite.checkpoint.hf_config import hf_config
+from megalite.checkpoint.hf_folder import CONFIG_FILE, INDEX, WEIGHTS, HFFolder
+from megalite.checkpoint.save import save_checkpoint
 from megalite.checkpoint.tensor_file import Entry, write_tensor_file, write_text_file
-from megalite.checkpoint.weights import DTYPES, Weights
-from megalite.config.model import ModelConfig
+from megalite.checkpoint.weights import Part, Weights, model_parts
+from megalite.config.load import dump_run
+from megalite.config.run import RunConfig
 from megalite.files import folder_aside
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-
-
-def hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """config.json in the spellings of transformers 4 and 5 at once.
-
-    Both are needed: 4 reads `rope_theta`, `rope_scaling` and `torch_dtype`, and takes silent defaults without
-    them; 5 writes and prefers `rope_parameters` and `dtype`. Special tokens are written even when there are
-    none, because an absent one becomes 1 or 2.
-    """
-    if model.hidden_size % model.num_attention_heads:
-        raise CheckpointError(
-            f"hidden_size {model.hidden_size} is not divisible by num_attention_heads "
-            f"{model.num_attention_heads}: transformers refuses such a model, it cannot be exported"
-        )
-    own = model.model_dump(exclude={"rope_scaling"})
-    scaling = model.rope_scaling.model_dump(exclude_none=True) if model.rope_scaling else None
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **own,
-        "attention_dropout": 0.0,
-        "pretraining_tp": 1,
-        "use_cache": True,
-        "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": model.rope_theta},
-        "rope_scaling": scaling,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-    }
-
 
 # Export
 
@@ -61,13 +35,15 @@ def export(
     add_files: Callable[[Path], object] | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Path:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads. Memory: one tensor.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads.
+
+    Memory: one tensor, of a stack one entry.
 
     add_files: called with the folder before it gets its final name, to put a tokenizer into it.
     progress:  called with the bytes of each tensor when it is about to be written.
 
-    Raises CheckpointError when `output` exists and is not an empty folder, when transformers refuses such a
-    model, or when a weight is too large for float16. Then `output` is not touched.
+    Raises CheckpointError when `output` exists and is not an empty folder, when transformers has no class
+    for such a model, or when a weight is too large for float16. Then `output` is not touched.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -88,8 +64,10 @@ def _entries(weights: Weights, progress: Callable[[int], object] | None) -> list
             progress(tensor.nbytes)
         return tensor
 
-    dtype = DTYPES[weights.dtype]
-    return [Entry(name, shape, dtype, partial(read, name)) for name, shape in weights.shapes.items()]
+    return [
+        Entry(name, part.shape, weights.dtype_of(name), partial(read, name))
+        for name, part in weights.parts.items()
+    ]
 
 
 def _write_shards(folder: Path, entries: list[Entry], max_shard_bytes: int) -> None:
@@ -110,19 +88,45 @@ def _write_shards(folder: Path, entries: list[Entry], max_shard_bytes: int) -> N
 def _shards(entries: list[Entry], max_bytes: int) -> Iterator[list[Entry]]:
     """Runs of entries of at most `max_bytes`; a larger tensor stands alone."""
     shard: list[Entry] = []
+    size_bytes = 0
     for entry in entries:
-        if shard and sum(e.size_bytes for e in shard) + entry.size_bytes > max_bytes:
+        if shard and size_bytes + entry.size_bytes > max_bytes:
             yield shard
-            shard = []
+            shard, size_bytes = [], 0
         shard.append(entry)
+        size_bytes += entry.size_bytes
     yield shard
 
 
 def _write_configs(folder: Path, config: Mapping[str, Any]) -> None:
-    _write_json(folder / "config.json", config)
+    _write_json(folder / CONFIG_FILE, config)
     tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(folder / "generation_config.json", {k: v for k, v in tokens.items() if v is not None})
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_text_file(path, json.dumps(value, indent=2) + "\n")
+
+
+# Import
+
+
+def import_folder(folder: HFFolder, root: Path, run: RunConfig) -> Path:
+    """Write the checkpoint of step 0 under `root`: weights and routers' biases, nothing of an optimizer.
+
+    run: goes into it; its model is the folder's. Memory: one tensor, of a stack one entry.
+
+    Raises CheckpointError when there are checkpoints already or the folder does not hold the model's tensors.
+    """
+    if list_steps(root):
+        raise CheckpointError(f"{root} has checkpoints already: name another output, or move them away")
+    parts = list(model_parts(run.model))
+    folder.check(parts)
+    pieces = [_piece(part, folder.tensors[part.name]) for part in parts]
+    state = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0, "optimizer_steps": 0}
+    files = {CONFIG: dump_run(run)}
+    return save_checkpoint(root, 0, pieces, state, files, rank=0, world_size=1, gather=alone, keep_last=0)
+
+
+def _piece(part: Part, tensor: torch.Tensor) -> Piece:
+    return Piece(part.tensor, part.kind, part.full_shape, *part.box, 0, tensor.reshape(-1))

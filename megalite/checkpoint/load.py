@@ -156,7 +156,7 @@ def load_pieces(
 
 
 class TensorReader:
-    """Reads logical tensors out of one checkpoint; each file's piece table is read once, when needed."""
+    """Reads logical tensors out of one checkpoint; each file is opened once, when needed, and kept."""
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = Path(checkpoint)
@@ -165,13 +165,18 @@ class TensorReader:
             (entry.kind, entry.name): entry.full_shape for entry in self.manifest.tensors
         }
         self._tables: dict[str, dict[tuple[str, str], list[PieceRow]]] = {}
+        self._sources: dict[str, Any] = {}
 
     def read(self, kind: str, name: str) -> torch.Tensor:
         """One full logical float32 tensor."""
         shape = self._shape(kind, name)
-        full = torch.empty(shape, dtype=STORED_DTYPE)
-        self.fill([Piece(name, kind, shape, (0,) * len(shape), shape, 0, full.view(-1))])
-        return full
+        return self.read_box(kind, name, (0,) * len(shape), shape)
+
+    def read_box(self, kind: str, name: str, start: Shape, shape: Shape) -> torch.Tensor:
+        """The box [start, start + shape) of a logical tensor, float32; what lies around it is not read."""
+        box = torch.empty(shape, dtype=STORED_DTYPE)
+        self.fill([Piece(name, kind, self._shape(kind, name), start, shape, 0, box.view(-1))])
+        return box
 
     def check(self, pieces: Iterable[Piece]) -> None:
         """Raise CheckpointError unless the checkpoint has each piece's tensor in the piece's full shape."""
@@ -224,10 +229,13 @@ class TensorReader:
     def _fill_from(self, file: str, wanted: list[tuple[int, Piece]]) -> Iterable[tuple[int, int]]:
         """(index, elements filled) for each wanted piece that this file has a part of."""
         table = self._table(file)
-        with safe_open(self.checkpoint / file, framework="pt") as source:
-            for i, piece in wanted:
-                rows = table.get((piece.kind, piece.name), [])
-                yield i, sum(_copy(source, row, piece) for row in rows)
+        found = [(i, p, table[p.kind, p.name]) for i, p in wanted if (p.kind, p.name) in table]
+        if not found:
+            return
+        if file not in self._sources:
+            self._sources[file] = safe_open(self.checkpoint / file, framework="pt")
+        for i, piece, rows in found:
+            yield i, sum(_copy(self._sources[file], row, piece) for row in rows)
 
     def _shape(self, kind: str, name: str) -> Shape:
         try:

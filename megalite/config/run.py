@@ -146,6 +146,11 @@ class CheckpointConfig(Section):
 
     save_every_steps: NonNegativeInt = Field(100, description="Steps between checkpoints; 0 means none.")
     resume: bool = Field(True, description="Whether to continue from the newest complete checkpoint.")
+    start_from: str | None = Field(
+        None,
+        description="Checkpoint (RUN_DIR/checkpoints, or a step in it) with whose weights a run begins that "
+        "has none of its own; null means random weights.",
+    )
     keep_last: NonNegativeInt = Field(2, description="Number of newest checkpoints to keep; 0 means all.")
     save_at_end: bool = Field(True, description="Whether to save after the last step.")
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megalite.checkpoint.format import CheckpointError, Piece
-from megalite.checkpoint.load import find_checkpoint, load_pieces, read_state
+from megalite.checkpoint.format import CheckpointError, Piece, folder_step
+from megalite.checkpoint.load import find_checkpoint, load_pieces, read_config, read_state
 from megalite.checkpoint.save import save_checkpoint
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.load import dump_run
@@ -46,14 +46,38 @@ class Checkpoints:
         self.report = report
 
     def resume(self, engine: StageEngine) -> int:
-        """Restore the newest valid checkpoint, if there is one; returns its step, else 0."""
-        if not self.run.checkpoint.resume:
-            return 0
-        folder = find_checkpoint(
-            self.root, self.report, rank=self.rank, world_size=self.world_size, gather=gather
+        """Restore the newest valid checkpoint, if there is one; returns its step, else 0.
+
+        A run that has none, or one of step 0, begins with the weights alone: of that one, or of
+        `checkpoint.start_from`.
+        """
+        settings = self.run.checkpoint
+        folder = self._find(self.root) if settings.resume else None
+        if folder is not None and folder_step(folder):
+            return self._continue(engine, folder)
+        if folder is None and settings.start_from is not None:
+            folder = self._find_start(Path(settings.start_from))
+        if folder is not None:
+            self._start(engine, folder)
+        return 0
+
+    def _find(self, path: Path) -> Path | None:
+        return find_checkpoint(path, self.report, rank=self.rank, world_size=self.world_size, gather=gather)
+
+    def _find_start(self, path: Path) -> Path:
+        folder = self._find(path)
+        if folder is not None:
+            return folder
+        if (path / "config.json").exists():
+            raise CheckpointError(
+                f"checkpoint.start_from {path} is a Hugging Face folder: make a checkpoint of it first, with "
+                "tools/convert_from_hf.py"
+            )
+        raise CheckpointError(
+            f"checkpoint.start_from {path} holds no checkpoint: expected RUN_DIR/checkpoints, or a step in it"
         )
-        if folder is None:
-            return 0
+
+    def _continue(self, engine: StageEngine, folder: Path) -> int:
         state = read_state(folder)
         self._check_batch_size(state, folder)
         if not self.run.data.allow_other_data:
@@ -62,6 +86,13 @@ class Checkpoints:
         _set_optimizer_steps(engine, state["optimizer_steps"])
         self.report(f"resumed from {folder}")
         return state["step"]
+
+    def _start(self, engine: StageEngine, folder: Path) -> None:
+        pieces = [piece for piece in live_pieces(engine) if piece.kind in ("weight", "buffer")]
+        load_pieces(folder, pieces, rank=self.rank, gather=gather, ignore_other_kinds=True)
+        before, now = read_config(folder).model.model_dump(), self.run.model.model_dump()
+        changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
+        self.report(f"starts from the weights of {folder}" + "".join(f"; model.{text}" for text in changed))
 
     def _check_batch_size(self, state: Mapping[str, Any], folder: Path) -> None:
         """The place in the data follows from the step: another batch size would skip or repeat samples."""

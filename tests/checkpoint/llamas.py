@@ -1,10 +1,10 @@
-"""Tiny random Llamas of transformers, and megalite checkpoints made of their weights."""
+"""Tiny random models of transformers, Llama and Glm4Moe, and megalite checkpoints made of their weights."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from megalite.config.load import dump_run
 from megalite.config.model import ModelConfig
@@ -38,48 +38,100 @@ VARIANTS: dict[str, dict[str, Any]] = {
         },
     },
 }
+EXPERTS = {
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 20,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+    "routed_scaling_factor": 2.5,
+}
+EXPERT_VARIANTS: dict[str, dict[str, Any]] = {
+    "experts": EXPERTS,
+    "tied experts": EXPERTS | {"tie_word_embeddings": True, "n_shared_experts": 2, "head_dim": 16},
+    "gates as they are": EXPERTS | {"norm_topk_prob": False, "first_k_dense_replace": 0},
+    "one of two": EXPERTS | {"n_routed_experts": 2, "num_experts_per_tok": 1, "norm_topk_prob": False},
+    "llama3 experts": EXPERTS | VARIANTS["llama3"],
+}
 
 
 def tiny_run(variant: str = "plain", **data: Any) -> RunConfig:
     """A run of a tiny model; without `data`, what a run that names none has in its config.yaml."""
     data = data or {"train": ["data/python"], "tokenizer": "bytes"}
-    model = ModelConfig(**(TINY | VARIANTS[variant]))
+    model = ModelConfig(**(TINY | (VARIANTS | EXPERT_VARIANTS)[variant]))
     return RunConfig.model_validate({"model": model.model_dump(), "data": data})
 
 
-def random_llama(model: ModelConfig) -> LlamaForCausalLM:
-    """Weights of size 1/sqrt(inputs), so that every part changes the logits; norms are not all ones."""
-    # built the way transformers documents it, from its own field names, not from hf_config
-    rope = {
-        "rope_type": "default",
-        **(model.rope_scaling.model_dump(exclude_none=True) if model.rope_scaling else {}),
-    }
-    fields = model.model_dump(exclude={"rope_scaling", "rope_theta"})
-    config = LlamaConfig(**fields, rope_parameters={**rope, "rope_theta": model.rope_theta})
+def random_llama(model: ModelConfig) -> Any:
+    """Weights of size 1/sqrt(inputs), so that every part changes the logits; norms are not all ones.
+
+    Selection biases are as large as the differences of the scores, so that they change choices.
+    """
     torch.manual_seed(0)
-    llama = LlamaForCausalLM(config).eval()
+    llama = (glm4_moe if model.n_routed_experts else plain_llama)(model).eval()
     with torch.no_grad():
         for parameter in llama.parameters():
             if parameter.dim() == 1:
                 parameter.uniform_(0.5, 1.5)
             else:
-                parameter.normal_(std=2 * parameter.shape[1] ** -0.5)
+                parameter.normal_(std=2 * parameter.shape[-1] ** -0.5)
+        for name, buffer in llama.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.uniform_(-0.2, 0.2)
     return llama
 
 
-def save_llama(root: Path, llama: LlamaForCausalLM, run: RunConfig, step: int = 10) -> Path:
+# built the way transformers documents them, from their own field names, not from hf_config
+
+
+def plain_llama(model: ModelConfig) -> LlamaForCausalLM:
+    fields = model.model_dump(exclude={"rope_scaling", "rope_theta"})
+    return LlamaForCausalLM(LlamaConfig(**fields, rope_parameters=rope_parameters(model)))
+
+
+def glm4_moe(model: ModelConfig) -> Glm4MoeForCausalLM:
+    others = {"rope_scaling", "rope_theta", "mlp_bias", "scoring_func", "router_aux_loss_coef"}
+    rope = rope_parameters(model) | {"partial_rotary_factor": 1.0}
+    fields = model.model_dump(exclude=others)
+    return Glm4MoeForCausalLM(Glm4MoeConfig(**fields, rope_parameters=rope, num_mtp_layers=0))
+
+
+def rope_parameters(model: ModelConfig) -> dict[str, Any]:
+    scaling = model.rope_scaling.model_dump(exclude_none=True) if model.rope_scaling else {}
+    return {"rope_type": "default", **scaling, "rope_theta": model.rope_theta}
+
+
+def tensors_of(llama: Any) -> dict[tuple[str, str], torch.Tensor]:
+    """All tensors of a model of transformers, by (kind, name) as checkpoints have them."""
+    tensors = {}
+    for name, tensor in llama.state_dict().items():
+        if name == "lm_head.weight" and llama.config.tie_word_embeddings:
+            continue
+        if name.endswith("experts.gate_up_proj"):  # gate above up, as Glm4MoeExperts chunks them
+            for half, part in zip(("gate_proj", "up_proj"), tensor.chunk(2, dim=1), strict=True):
+                tensors["weight", name.replace("gate_up_proj", f"{half}.weight")] = part.clone()
+        elif name.endswith("experts.down_proj"):
+            tensors["weight", f"{name}.weight"] = tensor.clone()
+        else:
+            kind = "buffer" if name.endswith("e_score_correction_bias") else "weight"
+            tensors[kind, name] = tensor.clone()
+    return tensors
+
+
+def save_llama(root: Path, llama: Any, run: RunConfig, step: int = 10) -> Path:
     """A checkpoint as four ranks (tp 2 x dp 2) would write it, moments included."""
-    weights = dict(llama.state_dict())
-    if run.model.tie_word_embeddings:
-        del weights["lm_head.weight"]
-    tensors = {("weight", name): tensor.clone() for name, tensor in weights.items()}
-    tensors |= {("exp_avg", name): torch.zeros_like(tensor) for name, tensor in weights.items()}
+    tensors = tensors_of(llama)
+    moments = {
+        ("exp_avg", name): torch.zeros_like(t) for (kind, name), t in tensors.items() if kind == "weight"
+    }
 
     def cut_of(name: str, full: torch.Tensor) -> Cut:
         row_parallel = name.endswith(("o_proj.weight", "down_proj.weight"))
-        return even_cut(None if full.dim() == 1 else int(row_parallel), tp_size=2, dp_size=2)
+        dim = None if full.dim() == 1 else full.dim() - 2 + row_parallel
+        return even_cut(dim, tp_size=2, dp_size=2)
 
-    return save_world(root, step, cut_all(tensors, cut_of), files={"config.yaml": dump_run(run)})
+    return save_world(root, step, cut_all(tensors | moments, cut_of), files={"config.yaml": dump_run(run)})
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Exported folders give the same logits as the model whose weights the checkpoint holds."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +9,24 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from megalite.checkpoint import load as load_module
 from megalite.checkpoint.format import CheckpointError
-from megalite.checkpoint.hf import export, hf_config
+from megalite.checkpoint.hf import export
+from megalite.checkpoint.hf_folder import HFFolder
 from megalite.checkpoint.load import read_config
 from megalite.checkpoint.model import build_transformers_model
-from megalite.checkpoint.verification import largest_difference
-from megalite.checkpoint.weights import DTYPES, Weights
-from megalite.config.model import ModelConfig
-from megalite.model.table import model_table
-from tests.checkpoint.llamas import VARIANTS, logits, random_llama, save_llama, tiny_run
+from megalite.checkpoint.verification import largest_difference, verify_export
+from megalite.checkpoint.weights import DTYPES, Weights, model_parts
+from megalite.model.table import buffer_table, model_table
+from tests.checkpoint.llamas import (
+    EXPERT_VARIANTS,
+    VARIANTS,
+    logits,
+    random_llama,
+    save_llama,
+    tensors_of,
+    tiny_run,
+)
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -26,7 +36,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS | EXPERT_VARIANTS)
 def test_logits_of_the_export_equal_the_originals_exactly(tmp_path, variant):
     run = tiny_run(variant)
     original = random_llama(run.model)
@@ -86,7 +96,7 @@ def test_a_wrong_converter_is_noticed(tmp_path, monkeypatch, wrong):
     exported = export(Weights(checkpoint, run.model), tmp_path / "hf")
     monkeypatch.undo()
     assert (logits(load(exported)) - logits(original)).abs().max() > 1e-3
-    assert largest_difference(Weights(checkpoint, run.model), exported) > 0
+    assert largest_difference(Weights(checkpoint, run.model), HFFolder(exported)) > 0
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -98,9 +108,9 @@ def test_weights_are_rounded_once_to_the_asked_dtype(tmp_path, dtype):
     loaded = load(exported, dtype=DTYPES[dtype]).state_dict()
     for name, weight in original.state_dict().items():
         assert loaded[name].equal(weight.to(DTYPES[dtype]))
-    assert largest_difference(Weights(checkpoint, run.model, dtype), exported) == 0
+    assert largest_difference(Weights(checkpoint, run.model, dtype), HFFolder(exported)) == 0
     with pytest.raises(CheckpointError, match="as torch"):
-        largest_difference(Weights(checkpoint, run.model), exported)
+        verify_export(Weights(checkpoint, run.model), exported)
 
 
 def test_shards_hold_every_tensor_once_and_stay_below_the_limit(tmp_path):
@@ -121,32 +131,89 @@ def test_shards_hold_every_tensor_once_and_stay_below_the_limit(tmp_path):
     assert logits(load(exported)).equal(logits(original))
 
 
-def test_the_config_is_spelled_for_transformers_4_and_5():
-    linear = hf_config(tiny_run("linear").model, "bfloat16")
-    assert linear["rope_theta"] == linear["rope_parameters"]["rope_theta"] == 50000.0
-    assert linear["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
-    assert linear["rope_parameters"] == {"rope_type": "linear", "factor": 4.0, "rope_theta": 50000.0}
-    assert linear["dtype"] == linear["torch_dtype"] == "bfloat16"
-    plain = hf_config(tiny_run().model, "float32")
-    assert plain["rope_scaling"] is None
-    assert plain["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
-    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        assert plain[token] is None  # absent would mean 1 or 2
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS | EXPERT_VARIANTS)
 def test_the_table_and_the_export_hold_the_tensors_of_transformers(tmp_path, variant):
     run = tiny_run(variant)
     llama = random_llama(run.model)
-    state = {name: tuple(tensor.shape) for name, tensor in llama.state_dict().items()}
-    if run.model.tie_word_embeddings:
-        del state["lm_head.weight"]
-    table = {row.name: row.shape for row in model_table(run.model)}
-    assert table == state
+    table = {("weight", row.name): row.shape for row in model_table(run.model)}
+    table |= {("buffer", row.name): row.shape for row in buffer_table(run.model)}
+    assert table == {key: tuple(tensor.shape) for key, tensor in tensors_of(llama).items()}
     exported = export(Weights(save_llama(tmp_path, llama, run), run.model), tmp_path / "hf")
-    with (exported / "model.safetensors").open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    assert list(header)[1:] == list(table)  # in the table's order
+    llama.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (header_of(folder / "model.safetensors") for folder in (exported, tmp_path / "theirs"))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert (ours[name]["shape"], ours[name]["dtype"]) == (theirs[name]["shape"], theirs[name]["dtype"])
+    assert list(ours) == [part.name for part in model_parts(run.model)]
+
+
+def header_of(file: Path) -> dict[str, Any]:
+    """name -> shape and dtype of every tensor in a safetensors file, in the order of the file."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    del header["__metadata__"]
+    return header
+
+
+def test_biases_stay_float32_and_lie_aligned_beside_narrow_weights(tmp_path):
+    run = tiny_run("experts")
+    llama = random_llama(run.model)
+    weights = Weights(save_llama(tmp_path, llama, run), run.model, "bfloat16")
+    header = header_of(export(weights, tmp_path / "hf") / "model.safetensors")
+    assert weights.size_bytes == max(tensor["data_offsets"][1] for tensor in header.values())
+    for kind, name in tensors_of(llama):
+        if kind == "buffer":
+            assert header[name]["dtype"] == "F32" and header[name]["data_offsets"][0] % 4 == 0
+    kept = dict(load(tmp_path / "hf", torch.bfloat16).named_buffers())
+    for name, buffer in llama.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            assert kept[name].equal(buffer) and buffer.any()
+
+
+def test_one_expert_is_read_without_the_others(tmp_path, monkeypatch):
+    run = tiny_run("experts")
+    weights = Weights(save_llama(tmp_path, random_llama(run.model), run), run.model)
+    view, read = load_module._view, []
+
+    def counted(flat, window):
+        read.append((window.stop - window.start) if not isinstance(flat, torch.Tensor) else 0)
+        return view(flat, window)
+
+    monkeypatch.setattr(load_module, "_view", counted)
+    for part in weights.parts.values():
+        read.clear()
+        weights.read(part.name)
+        # Where a flat range of the optimizer's ends within this expert, a row is read from both sides.
+        assert math.prod(part.shape) <= sum(read) <= 1.1 * math.prod(part.shape)
+    assert part.name.endswith("e_score_correction_bias")
+
+
+def test_many_tensors_are_read_from_files_that_were_opened_once(tmp_path, monkeypatch):
+    run = tiny_run("experts")
+    checkpoint = save_llama(tmp_path, random_llama(run.model), run)
+    opened: list[str] = []
+    safe_open = load_module.safe_open
+
+    def counted(path, **options):
+        opened.append(path.name)
+        return safe_open(path, **options)
+
+    monkeypatch.setattr(load_module, "safe_open", counted)
+    weights = Weights(checkpoint, run.model)
+    for name in weights.parts:
+        weights.read(name)
+    assert len(opened) == 2 * 4 and len(set(opened)) == 4  # its table and its tensors, of each rank's file
+
+
+def test_a_softmax_router_is_refused_before_anything_is_written(tmp_path):
+    run = tiny_run("experts")
+    checkpoint = save_llama(tmp_path / "checkpoints", random_llama(run.model), run)
+    weights = Weights(checkpoint, run.model.model_copy(update={"scoring_func": "softmax"}))
+    message = "scoring_func is softmax and Glm4MoeForCausalLM, the nearest class .* computes sigmoid only"
+    for make in (lambda: export(weights, tmp_path / "hf"), lambda: build_transformers_model(weights)):
+        with pytest.raises(CheckpointError, match=message):
+            make()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 def test_special_tokens_go_into_both_configs(tmp_path):
@@ -197,9 +264,3 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     for change, message in changes:
         with pytest.raises(CheckpointError, match=message):
             Weights(checkpoint, run.model.model_copy(update=change))
-
-
-def test_a_shape_that_transformers_refuses_is_refused_here():
-    model = ModelConfig(hidden_size=36, num_attention_heads=8, num_key_value_heads=8, head_dim=8)
-    with pytest.raises(CheckpointError, match="hidden_size 36 is not divisible by num_attention_heads 8"):
-        hf_config(model, "float32")

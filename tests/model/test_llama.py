@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
 
 from megalite.batch import Batch
-from megalite.checkpoint.hf import hf_config
+from megalite.checkpoint.hf_config import hf_config
 from megalite.config.model import ModelConfig
 from megalite.model.flops import num_parameters
 from megalite.model.llama import LlamaStage

@@ -7,8 +7,8 @@ from tests.checkpoint.llamas import random_llama, save_llama, tiny_run
 from tools import generate
 
 
-def save(tmp_path, **data):
-    run = tiny_run(**data)
+def save(tmp_path, variant="plain", **data):
+    run = tiny_run(variant, **data)
     llama = random_llama(run.model)
     save_llama(tmp_path / "checkpoints", llama, run)
     return llama
@@ -33,8 +33,9 @@ def greedy(llama, prompt: bytes, num_tokens: int) -> bytes:
     return bytes(tokens[len(prompt) :])
 
 
-def test_without_temperature_it_prints_the_likeliest_continuation(tmp_path, capsys):
-    llama = save(tmp_path)
+@pytest.mark.parametrize("variant", ["plain", "experts", "tied experts"])
+def test_without_temperature_it_prints_the_likeliest_continuation(tmp_path, capsys, variant):
+    llama = save(tmp_path, variant)
     expected = greedy(llama, b"def f(x):", 12).decode(errors="replace")
     assert text_of(tmp_path, capsys, "--temperature", "0") == expected + "\n"
 
@@ -79,6 +80,15 @@ def test_a_mistake_is_one_line(tmp_path, capsys, extra, message):
     assert run_tool(tmp_path, *extra) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and message in lines[0]
+
+
+def test_a_router_that_transformers_has_not_is_refused_in_one_line(tmp_path, capsys):
+    run = tiny_run("experts")
+    model = run.model.model_copy(update={"scoring_func": "softmax"})
+    save_llama(tmp_path / "checkpoints", random_llama(run.model), run.model_copy(update={"model": model}))
+    assert run_tool(tmp_path) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "scoring_func is softmax" in lines[0]
 
 
 def test_a_run_without_a_tokenizer_asks_for_one(tmp_path, capsys):

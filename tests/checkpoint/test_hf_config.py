@@ -1,0 +1,100 @@
+"""config.json, written for transformers 4 and 5, and read from what either wrote."""
+
+import json
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from megalite.checkpoint.format import CheckpointError
+from megalite.checkpoint.hf_config import ARCHITECTURES, GLM4_MOE, LLAMA, hf_config, model_config
+from megalite.config.model import ModelConfig
+from tests.checkpoint.llamas import EXPERT_VARIANTS, VARIANTS, tiny_run
+
+NEW_KEYS = ("rope_parameters", "dtype")  # of transformers 5
+OLD_KEYS = ("rope_theta", "rope_scaling", "torch_dtype")  # of transformers 4
+
+
+@pytest.mark.parametrize("variant", VARIANTS | EXPERT_VARIANTS)
+@pytest.mark.parametrize("left_out", [(), NEW_KEYS, OLD_KEYS], ids=["both", "4", "5"])
+def test_what_is_written_is_read_again_in_either_spelling(variant, left_out):
+    model = tiny_run(variant).model
+    config = json.loads(json.dumps(hf_config(model, "float32")))
+    assert model_config({k: v for k, v in config.items() if k not in left_out}, "config.json") == model
+
+
+@pytest.mark.parametrize("variant", VARIANTS | EXPERT_VARIANTS)
+def test_transformers_reads_every_field_as_it_was_meant(variant):
+    model = tiny_run(variant).model
+    written = hf_config(model, "float32")
+    read = AutoConfig.for_model(written["model_type"]).from_dict(written).to_dict()
+    ours = {name for architecture in ARCHITECTURES.values() for name in architecture.fields}
+    for name in ours & read.keys():
+        assert read[name] == getattr(model, name, read[name]), name
+    assert read["rope_parameters"] == written["rope_parameters"]
+
+
+@pytest.mark.parametrize("architecture", [LLAMA, GLM4_MOE], ids=["llama", "glm4_moe"])
+def test_absent_keys_mean_what_they_mean_to_transformers(architecture):
+    theirs = AutoConfig.for_model(architecture.model_type)
+    follow = {"head_dim", "num_key_value_heads"} if architecture is LLAMA else {"head_dim"}
+    for name in architecture.optional.keys() - follow:  # which follow from others
+        assert architecture.optional[name] == getattr(theirs, name), name
+    for name, value in architecture.computed.items():
+        assert getattr(theirs, name, value) == value, name
+    rope = theirs.rope_parameters
+    assert (rope["rope_theta"], rope.get("partial_rotary_factor", 1.0)) == (
+        10000.0,
+        architecture.rotary_share,
+    )
+
+
+def test_heads_default_to_the_width_and_to_one_key_head_each():
+    config = hf_config(tiny_run().model, "float32")
+    del config["head_dim"], config["num_key_value_heads"], config["rope_parameters"], config["rope_theta"]
+    model = model_config(config, "config.json")
+    assert (model.head_dim, model.num_key_value_heads, model.rope_theta) == (8, 4, 10000.0)
+
+
+def test_the_first_of_several_end_tokens_is_kept():
+    config = hf_config(tiny_run().model, "float32") | {"eos_token_id": [7, 9]}
+    assert model_config(config, "config.json").eos_token_id == 7
+
+
+def test_the_config_is_spelled_for_transformers_4_and_5():
+    linear = hf_config(tiny_run("linear").model, "bfloat16")
+    assert linear["rope_theta"] == linear["rope_parameters"]["rope_theta"] == 50000.0
+    assert linear["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
+    assert linear["rope_parameters"] == {"rope_type": "linear", "factor": 4.0, "rope_theta": 50000.0}
+    assert linear["dtype"] == linear["torch_dtype"] == "bfloat16"
+    plain = hf_config(tiny_run().model, "float32")
+    assert plain["rope_scaling"] is None
+    assert plain["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert plain[token] is None  # absent would mean 1 or 2
+
+
+def test_experts_are_spelled_for_transformers_4_and_5():
+    config = hf_config(tiny_run("experts").model, "bfloat16")
+    assert (config["architectures"], config["model_type"]) == (["Glm4MoeForCausalLM"], "glm4_moe")
+    # 4.57.6 reads the first only, and its default is 0.5
+    assert config["partial_rotary_factor"] == config["rope_parameters"]["partial_rotary_factor"] == 1.0
+    expected: dict[str, Any] = {"n_group": 1, "topk_group": 1, "use_qk_norm": False}
+    expected |= {"num_nextn_predict_layers": 0, "n_routed_experts": 6, "num_experts_per_tok": 2}
+    expected |= {"n_shared_experts": 1, "moe_intermediate_size": 20, "first_k_dense_replace": 1}
+    expected |= {"norm_topk_prob": True, "routed_scaling_factor": 2.5, "head_dim": 8}
+    assert {key: config[key] for key in expected} == expected
+    assert not {"mlp_bias", "pretraining_tp", "router_aux_loss_coef"} & config.keys()
+    assert not {"n_routed_experts", "scoring_func"} & hf_config(tiny_run().model, "float32").keys()
+
+
+def test_biases_of_attention_have_no_home_beside_experts():
+    model = tiny_run("experts").model.model_copy(update={"attention_bias": True})
+    with pytest.raises(CheckpointError, match=r"attention_bias is true and Glm4Moe.* false only"):
+        hf_config(model, "float32")
+
+
+def test_a_shape_that_transformers_refuses_is_refused_here():
+    model = ModelConfig(hidden_size=36, num_attention_heads=8, num_key_value_heads=8, head_dim=8)
+    with pytest.raises(CheckpointError, match="hidden_size 36 is not divisible by num_attention_heads 8"):
+        hf_config(model, "float32")

@@ -1,0 +1,78 @@
+"""Turn a Hugging Face folder, of a Llama or a Glm4Moe, into a megalite checkpoint."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import psutil
+
+from megalite.checkpoint.hf import import_folder
+from megalite.checkpoint.hf_folder import HFFolder
+from megalite.checkpoint.verification import verify
+from megalite.checkpoint.weights import Weights
+from megalite.config.run import DataConfig, RunConfig
+from megalite.error import run_command
+from megalite.model.flops import num_parameters
+
+EPILOG = """\
+The checkpoint is of step 0 and holds weights alone. A run begins with it under checkpoint.start_from, in any
+layout, and its config.yaml states the model for --config; tools/generate.py continues prompts with it. No GPU
+is needed. Memory: one tensor, of experts one; the comparison with transformers at the end holds the model
+twice, in float32.
+
+example:
+  python tools/convert_from_hf.py --model downloads/llama --output runs/llama/checkpoints
+"""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; its exit status."""
+    arguments = build_parser().parse_args(argv)
+    return run_command(lambda: convert(arguments), interrupted="no checkpoint was written")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=formatter)
+    add = parser.add_argument
+    add("--model", type=Path, required=True, help="folder with config.json and weights")
+    add("--output", type=Path, required=True, help="RUN_DIR/checkpoints; must hold no checkpoints")
+    proof = "compare all weights and some logits with transformers' (default: where memory is enough)"
+    add("--verify", action=argparse.BooleanOptionalAction, help=proof)
+    return parser
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Import, and verify if asked to, or if it fits and nothing was said; 0 when all is well."""
+    folder = HFFolder(arguments.model)
+    checkpoint = import_folder(folder, arguments.output, describe_run(folder, arguments.output))
+    num_elements = num_parameters(folder.model)
+    print(f"wrote {num_elements:,} parameters of {folder.path} to {checkpoint}")
+    needed, free = 2 * 4 * num_elements, psutil.virtual_memory().available
+    if arguments.verify is None and needed > free:
+        print(f"not verified: that needs {needed:,} bytes of memory, {free:,} are free", file=sys.stderr)
+    elif arguments.verify is not False:
+        return prove(Weights(checkpoint, folder.model), folder)
+    return 0
+
+
+def describe_run(folder: HFFolder, output: Path) -> RunConfig:
+    """The run that goes into the checkpoint: the folder's model, and its tokenizer where it has one."""
+    has_tokenizer = any((folder.path / name).exists() for name in TOKENIZER_FILES)
+    data = DataConfig(tokenizer=str(folder.path.resolve()) if has_tokenizer else None)
+    return RunConfig(model=folder.model, data=data, output_dir=str(output.parent))
+
+
+def prove(weights: Weights, folder: HFFolder) -> int:
+    """Say how far the checkpoint is from its folder; 0 when they agree."""
+    found = verify(weights, folder)
+    print(found)
+    if not found.holds:
+        print(f"error: {weights.checkpoint} does not agree with {folder.path}", file=sys.stderr)
+    return 0 if found.holds else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
