@@ -13,6 +13,7 @@ class Measurement(NamedTuple):
     """One quantity of megalite beside the same of a peer, from the same run; None where there is no peer.
 
     higher_is_better: for a speed; not for a time or an amount of memory.
+    spread: of the rounds' advantages, or of their values where there is no peer.
     """
 
     name: str
@@ -20,6 +21,7 @@ class Measurement(NamedTuple):
     megalite: float
     peer: float | None = None
     higher_is_better: bool = True
+    spread: tuple[float, float] | None = None
 
     @property
     def advantage(self) -> float | None:
@@ -30,14 +32,21 @@ class Measurement(NamedTuple):
 
 
 def median_seconds(bodies: dict[str, Callable[[], Any]], rounds: int = 5) -> dict[str, float]:
-    """Median time of each body; they take turns, so that a busy machine is busy for all of them."""
+    """Median time of each body; they take turns."""
+    return {name: statistics.median(values) for name, values in seconds_of_rounds(bodies, rounds).items()}
+
+
+def seconds_of_rounds(
+    bodies: dict[str, Callable[[], Any]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Time of each body in each round; they take turns, so that a busy machine is busy for all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in bodies}
     for _ in range(rounds):
         for name, body in bodies.items():
-            started = time.perf_counter()
+            started = clock()
             body()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            seconds[name].append(clock() - started)
+    return seconds
 
 
 def in_fresh_process(body: Callable[..., Any], *arguments: Any) -> Any:

@@ -13,6 +13,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -25,7 +26,8 @@ INTRODUCTION = """\
 # Benchmarks
 
 Written by `make bench`. Each row was measured with its peer in the same run, taking turns; times are medians.
-The last column says how many times better megalite is: below 1 it is worse.
+The last column says how many times better megalite is: below 1 it is worse. Brackets hold the middle half of
+the rounds.
 """
 
 
@@ -60,15 +62,22 @@ def table(measurements: list[Measurement], peer: str) -> str:
     """Measurements as a Markdown table."""
     rows = [["", "megalite", peer, "unit", "times better"]]
     for m in measurements:
-        theirs = "-" if m.peer is None else _number(m.peer)
-        better = "-" if m.advantage is None else f"{m.advantage:.2f}"
-        rows.append([m.name, _number(m.megalite), theirs, m.unit, better])
+        ours, theirs, better = _number(m.megalite), "-", "-"
+        if m.peer is None:
+            ours += _between(m.spread, _number)
+        else:
+            theirs, better = _number(m.peer), f"{m.advantage:.2f}" + _between(m.spread, "{:.2f}".format)
+        rows.append([m.name, ours, theirs, m.unit, better])
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|---|---:|---:|---|---:|", *lines[1:]])
 
 
 def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _between(spread: tuple[float, float] | None, number: Callable[[float], str]) -> str:
+    return f" ({' to '.join(map(number, spread))})" if spread else ""
 
 
 def publish(page: Path, name: str, module: ModuleType, measurements: list[Measurement]) -> None:
@@ -104,7 +113,7 @@ def draw(path: Path, module: ModuleType, measurements: list[Measurement]) -> Non
     names, advantages = [name for name, _ in shown], [advantage for _, advantage in shown]
     figure, axes = plt.subplots(figsize=(8, 1 + 0.45 * len(shown)), layout="constrained")
     bars = axes.barh(names, advantages, color="#4477aa")
-    axes.bar_label(bars, fmt="%.2f", padding=3)
+    axes.bar_label(bars, fmt="%.2f", padding=3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xlabel(f"times better than {module.PEER}")
     axes.spines[["top", "right"]].set_visible(False)

@@ -4,20 +4,17 @@ loop with the same weights, fused AdamW and clipping. Both give the same losses,
 """
 
 import math
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from benchmarks.measurement import Measurement, in_fresh_process, median_seconds
+from benchmarks.measurement import Measurement, median_seconds
+from benchmarks.world import in_world
 from megalite.batch import Batch
 from megalite.checkpoint.hf_config import hf_config
 from megalite.config.deepspeed import deepspeed_config_from
 from megalite.config.run import RunConfig
 from megalite.parallel.shard import spec_of
-from megalite.training.environment import Environment, choose_cpu_accelerator
 
 TITLE = "Training: one process"
 PEER = "transformers"
@@ -27,35 +24,26 @@ RUN = RunConfig()
 
 def measure() -> list[Measurement]:
     """Tokens per second of both, taking turns in one process."""
-    ours, theirs = in_fresh_process(tokens_per_second)
+    [(ours, theirs)] = in_world(1, tokens_per_second)
     return [Measurement("training", "tokens/s", ours, theirs)]
 
 
 def tokens_per_second() -> tuple[float, float]:
     """megalite's and the peer's speed, in this process."""
-    torch.set_num_threads(1)
-    choose_cpu_accelerator()
-    Environment.read()  # a job of one process
-    with tempfile.TemporaryDirectory() as folder:
-        store = f"file://{Path(folder, 'store')}"
-        dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-        steps = _build_steps()
-        for name in ("ours", "theirs"):
-            steps[name]()
-        first = [steps[name]() for name in ("ours", "theirs")]
-        if not math.isclose(*first, rel_tol=1e-4):
-            raise RuntimeError(f"the losses differ: {first}")
-        seconds = median_seconds(steps, ROUNDS)
-        dist.destroy_process_group()
+    steps = _build_steps()
+    for name in ("ours", "theirs"):
+        steps[name]()
+    first = [steps[name]() for name in ("ours", "theirs")]
+    if not math.isclose(*first, rel_tol=1e-4):
+        raise RuntimeError(f"the losses differ: {first}")
+    seconds = median_seconds(steps, ROUNDS)
     tokens = BATCH * RUN.data.seq_length
     return tokens / seconds["ours"], tokens / seconds["theirs"]
 
 
 def _build_steps() -> dict[str, Callable[[], float]]:
-    from megalite.training.engine import initialize_communication
     from megalite.training.trainer import StageTrainer, build_context
 
-    initialize_communication()
     raw = {
         "train_batch_size": BATCH,
         "train_micro_batch_size_per_gpu": MICRO_BATCH,

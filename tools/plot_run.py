@@ -1,14 +1,20 @@
-"""Draw the curves of a run, from its metrics.jsonl: loss, gradient norm, learning rate and speed."""
+"""Draw a run, from its metrics.jsonl: loss, gradient norm, learning rate and speed.
+
+A run with experts becomes a second picture: how busy each expert of each layer was, and their balance.
+"""
 
 import argparse
 import json
 import sys
+from itertools import pairwise
+from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from megalite.error import UserError, run_command
 from megalite.measure.figure import save_figure
@@ -16,6 +22,8 @@ from megalite.measure.metrics import METRICS_FILE
 
 REQUIRED = ("step", "loss", "grad_norm", "learning_rate", "tokens_per_second")
 BLUE, ORANGE, GREY = "#2563a8", "#d9661f", "#666666"
+MOST_COLUMNS = 200  # of a map of experts: more would be finer than its dots
+MOST_MAPS_ABREAST = 6
 
 
 class PlotError(UserError):
@@ -58,6 +66,41 @@ def draw(rows: list[dict[str, Any]], title: str) -> Figure:
     return figure
 
 
+def draw_experts(rows: list[dict[str, Any]], title: str) -> Figure:
+    """One figure: on top the balance of the whole model, below a map of each layer's experts.
+
+    Raises PlotError in one line where the rows do not tell of the same experts.
+    """
+    edges, loads = expert_loads([row for row in rows if "expert_tokens" in row])
+    abreast = min(MOST_MAPS_ABREAST, ceil(1.3 * sqrt(len(loads))))
+    num_lines = ceil(len(loads) / abreast)
+    maps_inches = num_lines * max(1.35, 2.9 - 0.5 * num_lines)
+    figure = Figure(figsize=(11, 3 + maps_inches), layout="constrained")
+    figure.suptitle(f"{title}: experts", fontsize=13, fontweight="bold")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[2.4, maps_inches], squeeze=False).flat
+    _draw_balance(top, [row for row in rows if "expert_largest_violation" in row])
+    _draw_maps(bottom, edges, loads, num_lines)
+    return figure
+
+
+def expert_loads(
+    rows: list[dict[str, Any]], most_columns: int = MOST_COLUMNS
+) -> tuple[np.ndarray, dict[int, np.ndarray]]:
+    """The edges of columns in optimizer steps [C + 1], and the load of each layer's experts in these [E, C].
+
+    A load is an expert's tokens over the mean of its layer's experts: 1 is balance. Neighbouring rows share a
+    column where there are more of them than `most_columns`.
+    """
+    columns = np.array_split(np.arange(len(rows)), min(len(rows), most_columns))
+    steps = [row["step"] for row in rows]
+    borders = [(steps[left[-1]] + steps[right[0]]) / 2 for left, right in pairwise(columns)]
+    loads = {}
+    for layer, tokens in _tokens_by_layer(rows).items():
+        sums = np.stack([tokens[column].sum(0) for column in columns], axis=1)
+        loads[layer] = sums * len(sums) / np.maximum(sums.sum(0), 1)
+    return np.array([steps[0] - 0.5, *borders, steps[-1] + 0.5]), loads
+
+
 def smoothed(values: list[float], window_steps: float) -> list[float]:
     """Exponential moving average over about `window_steps` values, free of the bias of its start."""
     decay = 1 - 1 / max(1.0, window_steps)
@@ -70,19 +113,30 @@ def smoothed(values: list[float], window_steps: float) -> list[float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder of the run, with metrics.jsonl")
     parser.add_argument("--output", type=Path, help="picture to write (default: RUN_DIR/metrics.png)")
+    parser.add_argument(
+        "--experts-output", type=Path, help="picture of its experts, if any (default: RUN_DIR/experts.png)"
+    )
     arguments = parser.parse_args(argv)
     output = arguments.output or arguments.run_dir / "metrics.png"
-    return run_command(lambda: plot(arguments.run_dir, output))
+    experts_output = arguments.experts_output or arguments.run_dir / "experts.png"
+    return run_command(lambda: plot(arguments.run_dir, output, experts_output))
 
 
-def plot(run_dir: Path, output: Path) -> None:
-    """Draw the curves of the run in `run_dir` to the picture `output`."""
-    rows = read_rows(run_dir)
-    save_figure(draw(rows, run_dir.resolve().name), output, dots_per_inch=150)
-    print(f"wrote {output}: {len(rows)} steps, last loss {rows[-1]['loss']:.4f}")
+def plot(run_dir: Path, output: Path, experts_output: Path) -> None:
+    """Draw the run in `run_dir` to the picture `output`, and its experts, if any, to `experts_output`."""
+    rows, name = read_rows(run_dir), run_dir.resolve().name
+    pictures = [(draw(rows, name), output)]
+    if any("expert_tokens" in row for row in rows):
+        pictures.append((draw_experts(rows, name), experts_output))
+    for figure, path in pictures:
+        save_figure(figure, path, dots_per_inch=150)
+    written = " and ".join(str(path) for _, path in pictures)
+    print(f"wrote {written}: {len(rows)} steps, last loss {rows[-1]['loss']:.4f}")
 
 
 def _parse(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -118,11 +172,83 @@ def _curve(
     else:
         axes.plot(steps, values, color=BLUE, linewidth=0.8, alpha=0.35)
         axes.plot(steps, smoothed(values, max(5, len(rows) / 100)), color=BLUE, linewidth=1.5, label=label)
+    _dress(axes, title)
+
+
+def _dress(axes: Axes, title: str) -> None:
     axes.set_title(title, loc="left", fontsize=10)
     axes.grid(alpha=0.25)
     axes.tick_params(colors=GREY)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _tokens_by_layer(rows: list[dict[str, Any]]) -> dict[int, np.ndarray]:
+    """layer -> the tokens of its experts in each row, int64 [rows, E]."""
+    found = [_tokens_of(row) for row in rows]
+    first = {layer: tokens.size for layer, tokens in found[0].items()}
+    for row, tokens in zip(rows, found, strict=True):
+        sizes = {layer: array.size for layer, array in tokens.items()}
+        for layer in sorted(sizes | first):
+            if sizes.get(layer) != first.get(layer):
+                raise PlotError(
+                    f"step {row['step']}: {sizes.get(layer, 0)} experts of layer {layer} in expert_tokens, "
+                    f"{first.get(layer, 0)} in step {rows[0]['step']}"
+                )
+    return {layer: np.stack([tokens[layer] for tokens in found]) for layer in sorted(first)}
+
+
+def _tokens_of(row: dict[str, Any]) -> dict[int, np.ndarray]:
+    """layer -> the tokens of its experts in one row, int64 [E]."""
+    try:
+        tokens = {int(layer): np.array(counts) for layer, counts in row["expert_tokens"].items()}
+        if tokens and all(array.ndim == 1 and array.dtype.kind == "i" for array in tokens.values()):
+            return tokens
+    except (AttributeError, ValueError):
+        pass
+    raise PlotError(f"step {row['step']}: expert_tokens is not whole numbers for each expert of each layer")
+
+
+def _draw_balance(figure: SubFigure, rows: list[dict[str, Any]]) -> None:
+    """How far the busiest expert is above its share, and how far the biases went."""
+    violation, bias = figure.subplots(1, 2, sharex=True)
+    _curve(violation, "Largest violation: busiest expert's load - 1", rows, "expert_largest_violation")
+    violation.set_yscale("log")
+    violation.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    violation.yaxis.set_minor_locator(NullLocator())
+    violation.yaxis.set_major_formatter("{x:g}")
+    steps, least = _columns(rows, "expert_bias_min")
+    _, largest = _columns(rows, "expert_bias_max")
+    bias.fill_between(steps, least, largest, color=BLUE, alpha=0.2)
+    for values in (least, largest):
+        bias.plot(steps, values, color=BLUE, linewidth=1.5)
+    _dress(bias, "Selection biases, from the least to the largest")
+    for axes in (violation, bias):
+        axes.set_xlabel("optimizer step", color=GREY)
+
+
+def _draw_maps(figure: SubFigure, edges: np.ndarray, loads: dict[int, np.ndarray], num_lines: int) -> None:
+    """A map for each layer: columns of steps, a row for each expert, its load as the colour."""
+    figure.suptitle("Load of each expert: its tokens / mean of its layer", fontsize=10, x=0.01, ha="left")
+    abreast = ceil(len(loads) / num_lines)
+    grid = figure.subplots(num_lines, abreast, sharex=True, sharey=True, squeeze=False)
+    for axes, (layer, load) in zip(grid.flat, loads.items(), strict=False):
+        rows = np.arange(len(load) + 1) - 0.5
+        mesh = axes.pcolormesh(edges, rows, load, cmap="RdBu_r", vmin=0, vmax=2, rasterized=True)
+        axes.set_title(f"layer {layer}", loc="left", fontsize=9)
+        axes.tick_params(colors=GREY, labelsize=8)
+        axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(8 // abreast + 1, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes in grid.flat[len(loads) :]:
+        axes.set_axis_off()
+    for axes in grid.flat[len(loads) - abreast : len(loads)]:  # the lowest of each column
+        axes.tick_params(labelbottom=True)
+    bar = figure.colorbar(mesh, ax=grid, extend="max", pad=0.01, aspect=40)
+    bar.set_label("load, 1 = balance", color=GREY)
+    bar.ax.tick_params(colors=GREY)
+    figure.supxlabel("optimizer step", fontsize=10, color=GREY)
+    figure.supylabel("expert", fontsize=10, color=GREY)
 
 
 if __name__ == "__main__":

@@ -123,10 +123,12 @@ class Metrics:
         speed = self._workload.speed(seconds / len(self._rows))
         validated = [row["validation_loss"] for row in self._rows if "validation_loss" in row]
         validation = f", validation loss {validated[-1]:.4f}" if validated else ""
+        violation = last.get("expert_largest_violation")
+        experts = "" if violation is None else f"expert violation {violation:.2f}, "
         steps = f"{len(self._rows)} step{'s' if len(self._rows) > 1 else ''}"
         return (
             f"trained {steps} in {seconds_in_words(seconds)}, {last['consumed_tokens']:,} tokens in all: "
-            f"loss {last['loss']:.4f}{validation}, {speed['tokens_per_second']:,.0f} tokens/s, "
+            f"loss {last['loss']:.4f}{validation}, {experts}{speed['tokens_per_second']:,.0f} tokens/s, "
             f"MFU {speed['mfu']:.1%}"
         )
 

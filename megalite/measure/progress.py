@@ -78,6 +78,8 @@ def describe(row: dict[str, Any]) -> list[str]:
     ]
     if "validation_loss" in row:
         numbers.insert(1, f"validation loss {row['validation_loss']:.4f}")
+    if "expert_largest_violation" in row:
+        numbers.insert(-2, f"expert violation {row['expert_largest_violation']:.2f}")
     return numbers
 
 

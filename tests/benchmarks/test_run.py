@@ -9,6 +9,8 @@ MEASUREMENTS = [
     Measurement("speed", "1/s", 3000, 1500),
     Measurement("time", "s", 0.5, 0.25, higher_is_better=False),
     Measurement("alone", "MiB", 12),
+    Measurement("rounds", "s", 1.0, 2.0, higher_is_better=False, spread=(1.9, 2.2)),
+    Measurement("share", "%", 30.0, spread=(29.5, 31.0)),
 ]
 
 
@@ -24,6 +26,8 @@ def test_the_table_says_how_many_times_better():
         "| speed | 3,000 | 1,500 | 1/s | 2.00 |",
         "| time | 0.5 | 0.25 | s | 0.50 |",
         "| alone | 12 | - | MiB | - |",
+        "| rounds | 1 | 2 | s | 2.00 (1.90 to 2.20) |",
+        "| share | 30 (29.5 to 31) | - | % | - |",
     ]
 
 

@@ -167,6 +167,15 @@ def test_without_a_terminal_progress_is_one_plain_line_every_few_steps(tmp_path)
     assert "\r" not in stream.getvalue()
 
 
+def test_a_run_with_experts_shows_its_largest_violation(tmp_path):
+    stream = io.StringIO()
+    metrics = open_metrics(tmp_path, stream=stream)
+    record(metrics, 1, expert_largest_violation=0.256)
+    metrics.close()
+    assert " | lr 1.00e-03 | expert violation 0.26 | 2,048 tokens/s | " in stream.getvalue()
+    assert ": loss 5.0000, expert violation 0.26, 2,048 tokens/s, MFU" in metrics.summary()
+
+
 def test_on_a_terminal_progress_is_a_bar_that_continues_where_the_run_does(tmp_path):
     stream = Terminal()
     metrics = open_metrics(tmp_path, last_step=6, stream=stream)

@@ -1,11 +1,12 @@
-"""The curves of a run as a picture, and one clear line where there is none."""
+"""The curves of a run and its experts as pictures, and one clear line where there is none."""
 
 import json
 
+import numpy as np
 import pytest
 
 from tools import plot_run
-from tools.plot_run import draw, read_rows, smoothed
+from tools.plot_run import draw, draw_experts, expert_loads, read_rows, smoothed
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -17,8 +18,12 @@ def write_run(folder, num_steps, validate_every=10):
         rows[-1] |= {"tokens_per_second": 1000.0 + step, "step_seconds": 0.1}
         if step % validate_every == 0:
             rows[-1]["validation_loss"] = 6.5 / step
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder, rows)
     return rows
+
+
+def write_rows(folder, rows):
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.mark.parametrize("num_steps", [1, 60])
@@ -88,3 +93,90 @@ def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
         assert plot_run.main([str(tmp_path), "--output", str(tmp_path / name)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("error: ") and error.count("\n") == 1
+
+
+# Experts.
+
+LAYERS, NUM_EXPERTS = (2, 3, 5), 4
+
+
+def write_run_with_experts(folder, num_steps, every=1):
+    rows, random = write_run(folder, num_steps), np.random.default_rng(0)
+    for row in rows:
+        row |= {"expert_largest_violation": 2 / row["step"], "expert_bias_min": -0.1, "expert_bias_max": 0.2}
+        if row["step"] % every == 0 or row["step"] == num_steps:
+            row["expert_tokens"] = {
+                str(layer): random.integers(1, 99, NUM_EXPERTS).tolist() for layer in LAYERS
+            }
+    write_rows(folder, rows)
+    return rows
+
+
+@pytest.mark.parametrize("num_steps", [1, 60])
+def test_a_run_with_experts_becomes_two_pictures(tmp_path, capsys, num_steps):
+    write_run_with_experts(tmp_path, num_steps, every=7)
+    assert plot_run.main([str(tmp_path), "--experts-output", str(tmp_path / "load.png")]) == 0
+    for name in ("metrics.png", "load.png"):
+        assert (tmp_path / name).read_bytes().startswith(PNG)
+    written = capsys.readouterr().out
+    assert f"wrote {tmp_path / 'metrics.png'} and {tmp_path / 'load.png'}: {num_steps} step" in written
+
+
+def test_a_run_without_experts_becomes_one(tmp_path, capsys):
+    write_run(tmp_path, 3)
+    assert plot_run.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'metrics.png'}: 3 steps, last loss 2.0000\n"
+    assert not (tmp_path / "experts.png").exists()
+
+
+def test_the_maps_hold_the_load_of_each_expert_at_its_steps(tmp_path):
+    rows = write_run_with_experts(tmp_path, 20, every=3)
+    violation, bias, *maps = draw_experts(read_rows(tmp_path), "run").axes
+    assert points(violation.lines[0]) == [(row["step"], 2 / row["step"]) for row in rows]
+    assert {y for line in bias.lines for _, y in points(line)} == {-0.1, 0.2}
+    drawn = {axes.get_title(loc="left"): axes.collections[0] for axes in maps if axes.get_title(loc="left")}
+    assert list(drawn) == [f"layer {layer}" for layer in LAYERS]
+    kept = [row for row in rows if "expert_tokens" in row]
+    for layer in LAYERS:
+        mesh = drawn[f"layer {layer}"]
+        tokens = np.array([row["expert_tokens"][str(layer)] for row in kept]).T
+        np.testing.assert_allclose(mesh.get_array(), tokens / tokens.mean(0))
+        edges = mesh.get_coordinates()[0, :, 0]
+        assert edges.tolist() == [2.5, 4.5, 7.5, 10.5, 13.5, 16.5, 19.0, 20.5]  # between 3, 6, ... 18, 20
+        assert mesh.get_clim() == (0, 2)
+
+
+def test_neighbouring_steps_share_a_column_where_there_are_many(tmp_path):
+    rows = write_run_with_experts(tmp_path, 5)
+    edges, loads = expert_loads(rows, most_columns=2)
+    assert edges.tolist() == [0.5, 3.5, 5.5]
+    tokens = np.array([row["expert_tokens"]["2"] for row in rows])
+    sums = np.stack([tokens[:3].sum(0), tokens[3:].sum(0)], axis=1)
+    np.testing.assert_allclose(loads[2], sums / sums.mean(0))
+    assert expert_loads(rows)[1][2].shape == (NUM_EXPERTS, 5)
+
+
+def test_a_layer_whose_tokens_do_not_count_has_no_load():
+    row = {"step": 1, "expert_tokens": {"0": [0, 0]}}
+    assert expert_loads([row])[1][0].tolist() == [[0], [0]]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ({"2": [1] * 4, "5": [1] * 4}, "step 2: 0 experts of layer 3 in expert_tokens, 4 in step 1"),
+        ({"2": [1] * 4, "3": [1] * 4, "5": [1] * 6}, "step 2: 6 experts of layer 5 in expert_tokens, 4 in"),
+        ({"2": [1] * 4, "3": [1] * 4, "5": [[1]]}, "step 2: expert_tokens is not whole numbers"),
+        ({"2": [1] * 4, "3": [1] * 4, "5": [0.5] * 4}, "step 2: expert_tokens is not whole numbers"),
+        ({"two": [1] * 4}, "step 2: expert_tokens is not whole numbers"),
+        ([1, 2], "step 2: expert_tokens is not whole numbers"),
+    ],
+)
+def test_rows_that_tell_of_other_experts_are_one_line(tmp_path, capsys, tokens, message):
+    rows = write_run_with_experts(tmp_path, 3)
+    rows[1]["expert_tokens"] = tokens
+    write_rows(tmp_path, rows)
+    assert plot_run.main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    assert not (tmp_path / "metrics.png").exists()
