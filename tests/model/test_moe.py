@@ -7,7 +7,7 @@ descent; tests/test_equivalence.py does the same with it, in fp32.
 
 import traceback
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -44,7 +44,13 @@ class Layout:
     sp: bool = True
     recompute: str = "none"
     model_kind: str = "experts"
+    rule: str = "sign"
     fault: str = ""
+
+    @property
+    def reference(self) -> str:
+        """What it must equal."""
+        return self.model_kind if self.rule == "sign" else self.rule
 
     @property
     def model(self) -> ModelConfig:
@@ -60,6 +66,13 @@ LAYOUTS = [
     Layout(ep=4),
     Layout(tp=2, ep=2, model_kind="softmax"),
     Layout(ep=4, recompute="full", model_kind="softmax"),
+]
+# The quantile rule is compared with its definition in test_balancing.py, here one layout with others.
+QUANTILES = Layout(rule="quantile")
+LIKE_QUANTILES = [
+    replace(QUANTILES, tp=2, ep=2, recompute="full"),
+    replace(QUANTILES, tp=4),
+    replace(QUANTILES, ep=4),
 ]
 
 
@@ -115,7 +128,7 @@ def run_layout(rank: int, layout: Layout) -> Result:
     context = ParallelContext.build(topology, rank, torch.device("cpu"))
     plan = LayerPlan(context, layout.sp and layout.tp > 1, dtype=torch.float64)
     stage = LlamaStage(layout.model, plan, seed=SEED, recompute=layout.recompute)
-    rule = RULES["sign"](BalancingConfig(update_rate=BIAS_RATE), layout.model)
+    rule = RULES[layout.rule](BalancingConfig(update_rate=BIAS_RATE), layout.model)
     experts = ExpertBalancing(layout.model, stage.routers(), rule, context)
     result = Result([], [], [], {})
     for step in range(NUM_STEPS):
@@ -169,10 +182,11 @@ def assert_equal_to_reference(result: Result, want: Result) -> None:
 def departures(rank: int, layouts: list[Layout], wanted: dict[str, Result]) -> list[str]:
     """For each layout how it departs from the reference; empty if it does not."""
     found = []
+    wanted = wanted | {"quantile": run_layout(rank, QUANTILES)}
     for layout in layouts:
         try:
             with FAULTS[layout.fault]():
-                assert_equal_to_reference(run_layout(rank, layout), wanted[layout.model_kind])
+                assert_equal_to_reference(run_layout(rank, layout), wanted[layout.reference])
             found.append("")
         except AssertionError:
             found.append(traceback.format_exc())
@@ -217,12 +231,18 @@ FAULTY = [Layout(ep=2, recompute="full", fault=fault) for fault in FAULTS if fau
 @pytest.fixture(scope="module")
 def departure_of():
     wanted = {kind: reference(Layout(model_kind=kind).model) for kind in ("experts", "softmax")}
-    found = run_distributed(departures, 4, LAYOUTS + FAULTY, wanted, timeout_seconds=280)
-    return {layout: [of_rank[i] for of_rank in found] for i, layout in enumerate(LAYOUTS + FAULTY)}
+    layouts = LAYOUTS + LIKE_QUANTILES + FAULTY
+    found = run_distributed(departures, 4, layouts, wanted, timeout_seconds=280)
+    return {layout: [of_rank[i] for of_rank in found] for i, layout in enumerate(layouts)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_losses_gradients_counts_and_biases_are_those_of_transformers(layout, departure_of):
+    assert departure_of[layout] == [""] * 4
+
+
+@pytest.mark.parametrize("layout", LIKE_QUANTILES, ids=str)
+def test_quantiles_move_the_biases_alike_bit_for_bit(layout, departure_of):
     assert departure_of[layout] == [""] * 4
 
 
