@@ -90,10 +90,10 @@ and the allocator's gaps come on top, and grow with the micro batch; what is lef
 REACHED = """
 ## Reached here
 
-LightLM's two kinds at the size of `make laptop` (`laptop_2m.yaml`, 1,500 steps of 1,024 tokens of English, on 2
-CPU processes): dense, and as its mixture of experts, where an MLP of width 512 becomes a shared expert and one
-routed expert per token, of width 256 each. So all have 2.0 million active parameters. Losses in nats per token,
-the first a mean over the last 20 steps. The largest violation is that of the last steps.
+LightLM's two kinds at the size of `make laptop` (`laptop_2m.yaml`, 1,500 steps of 1,024 tokens of English, on
+2 CPU processes): dense, and as its mixture of experts, where an MLP of width 512 becomes a shared expert and
+one routed expert per token, of width 256 each. So all have 2.0 million active parameters. Losses are in nats
+per token, the first a mean over the last 20 steps. The largest violation is that of the last steps.
 
 | model | parameters | loss | validation loss | largest violation |
 |---|---|---|---|---|
@@ -110,12 +110,13 @@ deepspeed --num_gpus 2 launchers/pretrain.py --deepspeed_config configs/deepspee
           model.norm_topk_prob=false balancing.update_rate=0.01
 ```
 
-With 1,024 tokens a step the counts of eight experts are mostly chance, and the sign rule follows it: this run
-was too small to balance them, and more experts gained nothing. On steps of 32,768 tokens both rules come below
-5 % (`tests/model/test_balancing.py`).
+With 1,024 tokens a step the counts of eight experts are mostly chance, and the sign rule follows it: this
+run was too small to balance them, and more experts gained nothing. On steps of 32,768 tokens both rules come
+below 5 % (`tests/model/test_balancing.py`).
 
-At their true sizes `lightlm_ffn`, `lightlm_attn` and `lightlm_moe` take steps on 2 CPU processes under ZeRO-3 in
-fp32, on samples of 64 tokens, with at most 4.6 GiB per process; `lightlm_moe` with `parallel.ep_size=2` with 3.0.
+At their true sizes `lightlm_ffn`, `lightlm_attn` and `lightlm_moe` take steps on 2 CPU processes under ZeRO-3
+in fp32, on samples of 64 tokens, with at most 4.6 GiB per process; `lightlm_moe` with `parallel.ep_size=2`
+with 3.0.
 """
 
 
