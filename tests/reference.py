@@ -215,9 +215,10 @@ def reference_curve(
         if step == 0:
             gradients = {name: p.grad.clone() for name, p in llama.named_parameters()}
             curve.gradients = under_our_names(gradients)
-        curve.tokens.append(routers.tokens(batch))
-        curve.biases.append(routers.biases())
-        routers.move(curve.tokens[-1], bias_rate)
+        if routers.gates:
+            curve.tokens.append(routers.tokens(batch))
+            curve.biases.append(routers.biases())
+            routers.move(curve.tokens[-1], bias_rate)
         norm = sum(p.grad.double().square().sum() for p in llama.parameters()).sqrt().item()
         optimizer.step(rate * learning_rate_of(step), min(1.0, CLIP / (norm + 1e-6)))
         curve.losses.append(loss.item())
