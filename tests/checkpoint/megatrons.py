@@ -108,6 +108,7 @@ def arguments(variant: str, tp_size: int = 1, pp_size: int = 1) -> Namespace:
 def build_gpt(args: Namespace) -> GPTModel:
     """This rank's part of the model that Megatron's arguments describe, as Megatron-LM makes it of them."""
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
+    torch.Tensor.cuda = lambda tensor: tensor  # type: ignore[assignment]
     CudaRNGStatesTracker.fork = lambda *_: nullcontext()
     moe_utils.te_general_gemm = None
     tp_size, pp_size = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
