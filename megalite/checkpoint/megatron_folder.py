@@ -7,6 +7,7 @@ iter_0000100/.metadata, __0_0.distcp, common.pt   the distributed form, whose te
 import io
 import re
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
@@ -207,16 +208,21 @@ class DistributedFolder:
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata) and key.startswith(MODEL_NAMES)
         }
-        self._read: set[str] = set()
+        self._read: set[_Found] = set()
         self._chunk = lru_cache(maxsize=2)(self._read_chunk)
 
     def shards(self, tensor: Tensor, stage: int, first_layer: int) -> list[torch.Tensor]:
         found = self._find(tensor)
-        self._read.add(found.key)
+        self._read.add(found)
         return [self._read_entry(found)]
 
     def unread(self) -> Iterator[str]:
-        yield from (f"{key} in {self.path}" for key in sorted(self._tensors.keys() - self._read))
+        num_read = Counter(found.key for found in self._read)
+        depths = {found.key: len(found.entry) for found in self._read}
+        for key, metadata in self._tensors.items():
+            num_entries = prod(metadata.size[: depths.get(key, 0)])
+            if num_read[key] < num_entries:
+                yield f"{key} in {self.path}, of which {num_read[key]} of {num_entries} are known"
 
     def _find(self, tensor: Tensor) -> _Found:
         layer = () if tensor.layer is None else (tensor.layer,)

@@ -236,8 +236,11 @@ def gives_the_same_logits(where: Path, theirs: torch.Tensor) -> bool:
     return same and bool((ours - theirs[..., :101]).abs().max() <= 1e-5 * theirs.abs().max())
 
 
+CONTROL: tuple[object, str, Callable | None] = (None, "", None)
+
+
 @pytest.mark.parametrize(
-    ("module", "name", "wrong"), [(None, "", None), *FAULTS], ids=lambda value: getattr(value, "__name__", "")
+    ("module", "name", "wrong"), [CONTROL, *FAULTS], ids=lambda value: getattr(value, "__name__", "")
 )
 def test_a_wrong_converter_is_noticed(two_by_two, tmp_path, monkeypatch, module, name, wrong):
     folder, theirs = two_by_two
@@ -248,6 +251,17 @@ def test_a_wrong_converter_is_noticed(two_by_two, tmp_path, monkeypatch, module,
 
 
 # Refusals
+
+MODEL = {  # of plain, as Hugging Face names it
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
 
 
 @pytest.fixture
@@ -300,11 +314,11 @@ EDITS = [
     ("*", set_args(hidden_size=None), "have no hidden_size: describe the model (--model-config)"),
     ("*", set_args(num_query_groups=3), "num_attention_heads 4 is not divisible by num_key_value_heads 3"),
     ("*", set_args(num_layers=4), "has 2 layers, in stages of [1, 1], and the model 4"),
-    ("*", set_args(ffn_hidden_size=64), "linear_fc1.weight has shape [48, 32] on each of 2 ranks, by the model"),
+    ("*", set_args(ffn_hidden_size=64), "linear_fc1.weight has shape [48, 32] on each of 2 ranks"),
     ("*", set_args(vocab_size=200), "an embedding of 112 rows and the model a vocabulary of 200"),
     ("*", set_args(expert_model_parallel_size=2), "expert_model_parallel_size is 2, which is not read"),
     ("*", set_args(virtual_pipeline_model_parallel_size=2), "virtual_pipeline_model_parallel_size is 2"),
-    ("*", set_args(tensor_model_parallel_size=4), "tensor_model_parallel_size was 4 and there are files of 2"),
+    ("*", set_args(tensor_model_parallel_size=4), "tensor_model_parallel_size was 4 and there"),
     ("*", set_args(num_experts=4, moe_router_num_groups=2), "moe_router_num_groups is 2"),
     ("*", set_args(num_experts=4, moe_layer_freq=2), "moe_layer_freq is 2"),
     ("*", lambda state: state.update(checkpoint_version=2.0), "has checkpoint version 2.0"),
@@ -313,7 +327,7 @@ EDITS = [
     ("mp_rank_01_000", drop(FC2), "mp_rank_01_000/model_optim_rng.pt has no decoder.layers.0.mlp.linear_fc2"),
     ("*_000", put(FC2, lambda t: t[:, 1:]), "linear_fc2.weight has shape [32, 23] on each of 2 ranks"),
     ("mp_rank_01_001", put(FC2, lambda t: t[:, 1:]), "has unequal shapes [(32, 24), (32, 23)]"),
-    ("mp_rank_01_001", put(NORM, lambda t: t + 1), "differs among tensor-parallel ranks, which hold it whole"),
+    ("mp_rank_01_001", put(NORM, lambda t: t + 1), "differs among tensor-parallel ranks, which hold"),
     ("*", put(FC2, lambda t: t.to(torch.int8)), "is torch.int8, expected one of torch.float32"),
     ("*_001", lambda state: state["model"].update(extra=torch.ones(1)), "there is extra in "),
 ]  # fmt: skip
@@ -344,8 +358,15 @@ def test_a_file_or_folder_that_is_not_there_is_refused(copied, tmp_path, capsys)
     )
 
 
-def test_a_damaged_distributed_form_is_refused(tmp_path, capsys):
-    saved(tmp_path, "plain", distributed=True)
+@pytest.fixture(scope="module")
+def distributed(tmp_path_factory) -> Path:
+    where = tmp_path_factory.mktemp("distributed")
+    saved(where, "plain", distributed=True)
+    return where / "megatron"
+
+
+def test_a_damaged_distributed_form_is_refused(distributed, tmp_path, capsys):
+    shutil.copytree(distributed, tmp_path / "megatron")
     folder = tmp_path / "megatron" / "iter_0000007"
     index = (folder / ".metadata").read_bytes()
     (folder / ".metadata").write_bytes(index[:-100])
@@ -354,10 +375,12 @@ def test_a_damaged_distributed_form_is_refused(tmp_path, capsys):
     assert_refused(tmp_path, capsys, ".metadata would run ")
     (folder / ".metadata").write_bytes(index)
     config = tmp_path / "model.yaml"
-    config.write_text(
-        yaml.safe_dump({"model": {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 3}})
-    )
-    assert_refused(tmp_path, capsys, "which the model has", "--model-config", str(config))
+    for num_layers, message in [
+        (3, "has no decoder.layers.2.self_attention.linear_qkv.layer_norm_weight, which the model has"),
+        (1, "linear_qkv.layer_norm_weight in "),
+    ]:
+        config.write_text(yaml.safe_dump({"model": MODEL | {"num_hidden_layers": num_layers}}))
+        assert_refused(tmp_path, capsys, message, "--model-config", str(config))
     for file in folder.glob("*.distcp"):
         file.unlink()
     assert_refused(tmp_path, capsys, ".distcp is missing, and .metadata names it")
@@ -393,18 +416,8 @@ def test_enums_and_states_of_random_generators_are_passed_over(copied, two_by_tw
 @pytest.mark.parametrize("suffix", ["yaml", "json"])
 def test_the_model_may_be_described_by_a_file(copied, two_by_two, tmp_path, suffix):
     change(copied, "mp_rank_*", lambda state: state.pop("args"))
-    model = {
-        "vocab_size": 101,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-5,
-    }
     config = tmp_path / f"config.{suffix}"
-    of_run, of_hf = {"model": model}, model | {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
+    of_run, of_hf = {"model": MODEL}, MODEL | {"architectures": ["LlamaForCausalLM"], "hidden_act": "silu"}
     config.write_text(yaml.safe_dump(of_run) if suffix == "yaml" else json.dumps(of_hf))
     assert import_to(tmp_path, "--model-config", str(config)) == 0
     assert_same_logits(our_logits(tmp_path), two_by_two[1])
