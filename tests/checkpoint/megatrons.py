@@ -24,6 +24,8 @@ from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe import moe_utils
 
+from megalite.config.model import ModelConfig
+
 ITERATION = 7
 DENSE: dict[str, Any] = {
     "num_layers": 2,
@@ -82,6 +84,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "softmax experts": EXPERTS
     | {"moe_router_score_function": "softmax", "moe_router_enable_expert_bias": False, "moe_layer_freq": 1},
 }
+if "use_qk_norm" in ModelConfig.model_fields:
+    VARIANTS["norms of heads"] = {"qk_layernorm": True, "kv_channels": 16}
+if "attention_out_bias" in ModelConfig.model_fields:
+    VARIANTS["biases of heads"] = {"add_qkv_bias": True}
+UNEVEN = {"num_layers": 3, "num_layers_in_first_pipeline_stage": 1}
 
 
 ON_CPU: dict[str, Any] = {
@@ -100,9 +107,9 @@ ON_CPU: dict[str, Any] = {
 }
 
 
-def arguments(variant: str, tp_size: int = 1, pp_size: int = 1) -> Namespace:
+def arguments(variant: str, tp_size: int = 1, pp_size: int = 1, **others: Any) -> Namespace:
     layout = {"tensor_model_parallel_size": tp_size, "pipeline_model_parallel_size": pp_size}
-    return Namespace(**(DENSE | VARIANTS[variant] | layout))
+    return Namespace(**(DENSE | VARIANTS[variant] | layout | others))
 
 
 def build_gpt(args: Namespace) -> GPTModel:

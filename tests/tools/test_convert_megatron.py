@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from megatron.core.transformer.enums import AttnBackend
 
 from megalite.checkpoint import megatron, megatron_conversion
 from megalite.checkpoint.load import TensorReader, read_config
 from megalite.checkpoint.model import build_megalite_model, megalite_logits
 from megalite.checkpoint.weights import Weights
-from tests.checkpoint.megatrons import VARIANTS, arguments, fixed_tokens, load_gpt, save_gpt
+from tests.checkpoint.megatrons import UNEVEN, VARIANTS, arguments, fixed_tokens, load_gpt, save_gpt
 from tests.harness import run_distributed
 from tools import convert_megatron
 
@@ -101,6 +100,12 @@ def test_a_model_of_megatron_gives_the_same_logits_here_and_goes_back_bit_for_bi
     assert_same_shards(shards(tmp_path / "back"), shards(tmp_path / "megatron"))
 
 
+def test_stages_may_have_unequal_numbers_of_layers(tmp_path):
+    theirs = run_distributed(save_gpt, 2, arguments("plain", 1, 2, **UNEVEN), tmp_path / "megatron")[-1]
+    assert import_to(tmp_path) == 0
+    assert_same_logits(our_logits(tmp_path), theirs)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_export_is_loaded_by_megatron_under_its_own_arguments(tmp_path, variant):
     """In another layout than it came in, every name in its place."""
@@ -144,6 +149,16 @@ def test_the_names_of_transformer_engine_are_written_and_read(tmp_path, variant)
     shutil.copytree(tmp_path / "back", again / "megatron", dirs_exist_ok=True)
     assert import_to(again) == 0
     assert_same_checkpoint(again, tmp_path)
+
+
+def test_an_export_is_of_bfloat16_but_for_the_routers_biases(tmp_path):
+    saved(tmp_path, "experts")
+    assert import_to(tmp_path) == 0
+    assert export_to(tmp_path) == 0
+    back = {name: tensor.dtype for (_, name), tensor in shards(tmp_path / "back").items()}
+    biases = {name for name, dtype in back.items() if dtype == torch.float32}
+    assert biases == {f"decoder.layers.{layer}.mlp.router.expert_bias" for layer in (1, 2)}
+    assert set(back.values()) == {torch.float32, torch.bfloat16}
 
 
 def assert_same_checkpoint(one: Path, other: Path) -> None:
@@ -402,6 +417,8 @@ def test_code_is_named_and_not_run(copied, tmp_path, capsys):
 
 
 def test_enums_and_states_of_random_generators_are_passed_over(copied, two_by_two, tmp_path):
+    from megatron.core.transformer.enums import AttnBackend
+
     states = {"np": np.random.get_state(), "python": random.getstate(), "torch": torch.get_rng_state()}
 
     def add(state):
