@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from megalite.checkpoint import proof
 from megalite.checkpoint.hf import export
 from megalite.checkpoint.load import TensorReader, read_config, read_state
 from megalite.checkpoint.weights import Weights
@@ -147,7 +148,7 @@ def test_a_comparison_that_does_not_fit_into_memory_is_left_out_unless_asked_for
     class Full:
         available = 1000
 
-    monkeypatch.setattr(convert_from_hf.psutil, "virtual_memory", Full)
+    monkeypatch.setattr(proof.psutil, "virtual_memory", Full)
     save(tmp_path / "hf")
     assert run_tool(tmp_path) == 0
     captured = capsys.readouterr()
