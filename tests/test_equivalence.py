@@ -21,7 +21,7 @@ from megalite.parallel.shard import spec_of
 from megalite.training.engine import initialize_communication
 from megalite.training.zero import inner_optimizer, master_slices
 from tests.harness import run_distributed
-from tests.reference import CLIP, Curve, learning_rate_of, reference_curve
+from tests.reference import CLIP, Curve, assert_same_numbers, learning_rate_of, reference_curve
 from tests.trace import describe_departure
 from tests.trainers import BIAS_RATE, SEED, Case, build_trainer, global_batch_of, micro_batches
 
@@ -174,14 +174,6 @@ def _merge(parts: list) -> dict[str, torch.Tensor]:
         whole = full.setdefault(spec.name, torch.full(spec.full_shape, torch.nan))
         whole[spec.box] = local[tuple(slice(0, n) for n in spec.box_shape)]
     return full
-
-
-def assert_same_numbers(name: str, got: list[float], want: list[float]) -> None:
-    actual, wanted = torch.tensor(got), torch.tensor(want)
-    relative = ((actual - wanted) / wanted).abs()
-    allowed = torch.linspace(1e-5, 1e-4, len(want))
-    for step in torch.nonzero(~(relative < allowed)).flatten().tolist():
-        raise AssertionError(f"{name} of step {step}: {got[step]} for {want[step]}")
 
 
 def assert_same_gradients(curve: Curve, reference: Curve) -> None:

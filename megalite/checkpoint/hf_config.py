@@ -214,7 +214,7 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     for name, value in architecture.computed.items():
         _check_computed(name, config.get(name, value), value, where)
     _check_window(config, architecture, where)
-    fields = {name: config[name] for name in architecture.required} | architecture.always
+    fields = {**{name: config[name] for name in architecture.required}, **architecture.always}
     fields |= {name: config.get(name, default) for name, default in architecture.optional.items()}
     if isinstance(fields["eos_token_id"], list):
         fields["eos_token_id"] = next(iter(fields["eos_token_id"]), None)
