@@ -1,8 +1,8 @@
-"""tools/convert_from_hf.py and tools/convert_to_hf.py, each a process of its own with its start in the time and
-without the comparison at the end, against a plain copy of the files that it reads, synced. MB are of those files:
-a folder in bf16 is imported into a checkpoint in fp32, twice as large, and exported again. The folder is Llama 2's
-7B with as many of its 32 layers as a third of the free disk has room for, in sparse files of zeros. Memory is the
-converter's own at its peak, without the files that it maps.
+"""tools/convert_from_hf.py and tools/convert_to_hf.py, each a process of its own, its start in the time and
+the comparison at the end left out, against a plain copy of the files that it reads, synced. MB are of those
+files: a folder in bf16 is imported into a checkpoint in fp32, twice as large, and that is exported again. The
+folder is Llama 2's 7B with as many of its 32 layers as a third of the free disk has room for, in a sparse file
+of zeros. Memory is the converter's own at its peak, without the files that it maps.
 """
 
 import json
@@ -123,17 +123,10 @@ def measure() -> list[Measurement]:
         folder, checkpoints = root / "folder", root / "run" / "checkpoints"
         write_folder(folder, largest_that_fits(shutil.disk_usage(root).free))
         copy = copy_seconds(folder, root / "copy")
-        arguments = ("--model", str(folder), "--output", str(checkpoints))
+        arguments = ["--model", str(folder), "--output", str(checkpoints)]
         found = rows("import", folder, copy, run_command("tools/convert_from_hf.py", *arguments))
         checkpoint = checkpoints / "step-00000000"
         copy = copy_seconds(checkpoint, root / "copy")
-        arguments = (
-            "--checkpoint",
-            str(checkpoints),
-            "--output",
-            str(root / "exported"),
-            "--tokenizer",
-            "none",
-        )
-        cost = run_command("tools/convert_to_hf.py", *arguments)
+        arguments = ["--checkpoint", str(checkpoints), "--output", str(root / "exported")]
+        cost = run_command("tools/convert_to_hf.py", *arguments, "--tokenizer", "none")
         return found + rows("export", checkpoint, copy, cost)
