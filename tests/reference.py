@@ -1,6 +1,6 @@
 """The run that every layout must give: transformers' model in one process, and AdamW written out.
 
-A Llama, or a Glm4Moe with the balancing of its experts written out.
+A Llama, a Qwen3, or a Glm4Moe with the balancing of its experts written out.
 
 Nothing of megalite computes here. Its own model only lends the initial weights, under Hugging Face's names.
 """
@@ -12,7 +12,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from megalite.batch import Batch
 from megalite.config.model import ModelConfig
@@ -45,13 +52,16 @@ def transformers_model(model: ModelConfig, seed: int) -> nn.Module:
     """transformers' model with the initial weights of ours."""
     fields = model.model_dump(exclude={"rope_scaling", "rope_theta"})
     rope = {"rope_type": "default", "rope_theta": model.rope_theta}
+    fields |= {"rope_parameters": rope, "attn_implementation": "eager"}
     if model.n_routed_experts:
         rope["partial_rotary_factor"] = 1.0
-        config = Glm4MoeConfig(**fields, rope_parameters=rope, attn_implementation="eager")
+        config = Glm4MoeConfig(**fields)
         config._experts_implementation = "eager"
         theirs = Glm4MoeForCausalLM(config)
+    elif model.use_qk_norm:
+        theirs = Qwen3ForCausalLM(Qwen3Config(**fields))
     else:
-        theirs = LlamaForCausalLM(LlamaConfig(**fields, rope_parameters=rope, attn_implementation="eager"))
+        theirs = LlamaForCausalLM(LlamaConfig(**fields))
     weights = {
         p.spec.name: p.detach()[: p.spec.box_shape[0]] for p in LlamaStage(model, seed=seed).parameters()
     }
@@ -204,9 +214,15 @@ class WrittenOutAdamW:
 def reference_curve(
     model: ModelConfig, batches: list[Batch], seed: int, rate: float = 1.0, bias_rate: float = 0.0
 ) -> Curve:
+    """From the initial weights of ours."""
+    return train_reference(transformers_model(model, seed), model, batches, rate, bias_rate)
+
+
+def train_reference(
+    llama: nn.Module, model: ModelConfig, batches: list[Batch], rate: float = 1.0, bias_rate: float = 0.0
+) -> Curve:
     """One process, the whole global batch at once, at `rate` times the learning rates."""
     curve = Curve()
-    llama = transformers_model(model, seed)
     routers = Routers(llama, model)
     optimizer = WrittenOutAdamW(llama.parameters())
     for step, batch in enumerate(batches):
@@ -224,3 +240,12 @@ def reference_curve(
         curve.losses.append(loss.item())
         curve.norms.append(norm)
     return curve
+
+
+def assert_same_numbers(name: str, got: list[float], want: list[float]) -> None:
+    """Relative differences within 1e-5 at the first step, growing to 1e-4 at the last."""
+    actual, wanted = torch.tensor(got), torch.tensor(want)
+    relative = ((actual - wanted) / wanted).abs()
+    allowed = torch.linspace(1e-5, 1e-4, len(want))
+    for step in torch.nonzero(~(relative < allowed)).flatten().tolist():
+        raise AssertionError(f"{name} of step {step}: {got[step]} for {want[step]}")

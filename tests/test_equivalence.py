@@ -21,7 +21,7 @@ from megalite.parallel.shard import spec_of
 from megalite.training.engine import initialize_communication
 from megalite.training.zero import inner_optimizer, master_slices
 from tests.harness import run_distributed
-from tests.reference import CLIP, Curve, learning_rate_of, reference_curve
+from tests.reference import CLIP, Curve, assert_same_numbers, learning_rate_of, reference_curve
 from tests.trace import describe_departure
 from tests.trainers import BIAS_RATE, SEED, Case, build_trainer, global_batch_of, micro_batches
 
@@ -86,6 +86,13 @@ EXPERT_CASES = [
     Case(tp=2, dp=2, ep=2, model_kind="softmax"),
     Case(pp=2, dp=2, zero=2, model_kind="softmax", padded=True),
 ]
+N, NE = "norms", "normed experts"
+NORM_CASES = [
+    Case(tp=2, zero=2, sp=False, model_kind=N),
+    Case(tp=4, recompute="selective", model_kind=N),  # with copies of key heads
+    Case(pp=2, dp=2, zero=1, tied=True, model_kind=N),
+    Case(tp=2, dp=2, ep=2, sp=False, model_kind=NE),
+]
 BF16_CASES = [
     Case(zero=1, precision="bf16"),
     Case(tp=2, zero=2, precision="bf16"),
@@ -112,7 +119,7 @@ def expected(case: Case) -> Curve:
 @cache
 def curves_of_world(world_size: int, model_kind: str = "dense") -> dict[Case, list[Curve]]:
     """Each rank's curve of every case of a kind that needs so many ranks, which are started once."""
-    every = CASES + EXPERT_CASES + BF16_CASES
+    every = CASES + EXPERT_CASES + NORM_CASES + BF16_CASES
     cases = [case for case in every if (case.world_size, case.model_kind) == (world_size, model_kind)]
     by_rank = run_distributed(run_cases, world_size, cases, timeout_seconds=280)
     return {case: [curves[i] for curves in by_rank] for i, case in enumerate(cases)}
@@ -169,14 +176,6 @@ def _merge(parts: list) -> dict[str, torch.Tensor]:
     return full
 
 
-def assert_same_numbers(name: str, got: list[float], want: list[float]) -> None:
-    actual, wanted = torch.tensor(got), torch.tensor(want)
-    relative = ((actual - wanted) / wanted).abs()
-    allowed = torch.linspace(1e-5, 1e-4, len(want))
-    for step in torch.nonzero(~(relative < allowed)).flatten().tolist():
-        raise AssertionError(f"{name} of step {step}: {got[step]} for {want[step]}")
-
-
 def assert_same_gradients(curve: Curve, reference: Curve) -> None:
     assert curve.gradients.keys() == reference.gradients.keys()
     clip = min(1.0, CLIP / reference.norms[0])
@@ -190,7 +189,7 @@ def assert_same_gradients(curve: Curve, reference: Curve) -> None:
         )
 
 
-@pytest.mark.parametrize("case", CASES + EXPERT_CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + EXPERT_CASES + NORM_CASES, ids=str)
 def test_every_layout_gives_the_losses_norms_and_gradients_of_one_process(case):
     curves = curves_of_world(case.world_size, case.model_kind)[case]
     try:

@@ -156,6 +156,8 @@ class Tracer:
             places = [(spec.name.removesuffix(".weight"), spec.cuts[0].over) for spec in weights]
         elif isinstance(module, ColumnParallelLinear):
             places = [(name, "tp")]
+        elif name.endswith(("q_norm", "k_norm")):  # of heads
+            places = [(name, "tp" if name.endswith("q_norm") else "kv")]
         else:
             places = [(name, self._residual)]
 
@@ -180,7 +182,7 @@ class Tracer:
         tensor.register_hook(lambda grad: self._keep(name, BACKWARD, micro_batch, grad))
 
     def _keep(self, name: str, direction: str, micro_batch: int, tensor: torch.Tensor) -> None:
-        self._seen.setdefault((name, direction), {})[micro_batch] = tensor.detach().clone()
+        self._seen.setdefault((name, direction), {})[micro_batch] = tensor.detach().flatten(2).clone()
 
 
 def put_together(parts: list[tuple[ParallelContext, dict[Key, Part]]]) -> Trace:

@@ -36,7 +36,15 @@ EXPERTS = MODEL.model_copy(
 SOFTMAX = EXPERTS.model_copy(
     update={"scoring_func": "softmax", "norm_topk_prob": False, "router_aux_loss_coef": 0.05}
 )
-MODELS = {"dense": MODEL, "experts": EXPERTS, "softmax": SOFTMAX}
+NORMS = MODEL.model_copy(update={"use_qk_norm": True})
+NORMED_EXPERTS = EXPERTS.model_copy(update={"use_qk_norm": True, "attention_bias": True})
+MODELS = {
+    "dense": MODEL,
+    "norms": NORMS,
+    "experts": EXPERTS,
+    "normed experts": NORMED_EXPERTS,
+    "softmax": SOFTMAX,
+}
 BIAS_RATE = 0.01
 TIED = MODEL.model_copy(update={"tie_word_embeddings": True})
 # Not the defaults, so that a default in the place of a setting shows; the references state them again.

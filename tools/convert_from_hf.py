@@ -1,13 +1,12 @@
-"""Turn a Hugging Face folder, of a Llama or a Glm4Moe, into a megalite checkpoint."""
+"""Turn a Hugging Face folder, of a Llama, Mistral, Qwen or Glm4Moe, into a megalite checkpoint."""
 
 import argparse
 import sys
 from pathlib import Path
 
-import psutil
-
 from megalite.checkpoint.hf import import_folder
 from megalite.checkpoint.hf_folder import HFFolder
+from megalite.checkpoint.proof import prove
 from megalite.checkpoint.verification import verify
 from megalite.checkpoint.weights import Weights
 from megalite.config.run import DataConfig, RunConfig
@@ -50,12 +49,9 @@ def convert(arguments: argparse.Namespace) -> int:
     checkpoint = import_folder(folder, arguments.output, describe_run(folder, arguments.output))
     num_elements = num_parameters(folder.model)
     print(f"wrote {num_elements:,} parameters of {folder.path} to {checkpoint}")
-    needed, free = 2 * 4 * num_elements, psutil.virtual_memory().available
-    if arguments.verify is None and needed > free:
-        print(f"not verified: that needs {needed:,} bytes of memory, {free:,} are free", file=sys.stderr)
-    elif arguments.verify is not False:
-        return prove(Weights(checkpoint, folder.model), folder)
-    return 0
+    about = f"{checkpoint} does not agree with {folder.path}"
+    weights = Weights(checkpoint, folder.model)
+    return prove(lambda: verify(weights, folder), folder.model, arguments.verify, about)
 
 
 def describe_run(folder: HFFolder, output: Path) -> RunConfig:
@@ -63,15 +59,6 @@ def describe_run(folder: HFFolder, output: Path) -> RunConfig:
     has_tokenizer = any((folder.path / name).exists() for name in TOKENIZER_FILES)
     data = DataConfig(tokenizer=str(folder.path.resolve()) if has_tokenizer else None)
     return RunConfig(model=folder.model, data=data, output_dir=str(output.parent))
-
-
-def prove(weights: Weights, folder: HFFolder) -> int:
-    """Say how far the checkpoint is from its folder; 0 when they agree."""
-    found = verify(weights, folder)
-    print(found)
-    if not found.holds:
-        print(f"error: {weights.checkpoint} does not agree with {folder.path}", file=sys.stderr)
-    return 0 if found.holds else 1
 
 
 if __name__ == "__main__":

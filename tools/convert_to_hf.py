@@ -1,4 +1,4 @@
-"""Turn a megalite checkpoint into a Hugging Face folder: a Llama, or with experts a Glm4Moe."""
+"""Turn a megalite checkpoint into a Hugging Face folder: a Llama, a Qwen, or with experts a Glm4Moe."""
 
 import argparse
 import re
@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from megalite.checkpoint.hf import export
 from megalite.checkpoint.load import read_config, require_checkpoint
+from megalite.checkpoint.proof import prove
 from megalite.checkpoint.verification import verify_export
 from megalite.checkpoint.weights import DTYPES, Weights
 from megalite.config.model import ModelConfig
@@ -21,11 +22,11 @@ from megalite.tokenizer.tokenizer import Tokenizer
 
 EPILOG = """\
 The folder loads with AutoModelForCausalLM and AutoTokenizer of transformers 4 and 5. No GPU is needed, and
-the checkpoint may come from any number of processes. Memory: one tensor, of experts one; --verify holds the
-model twice, in float32.
+the checkpoint may come from any number of processes. Memory: one tensor, of experts one; the comparison with
+transformers at the end holds the model twice, in float32.
 
 example:
-  python tools/convert_to_hf.py --checkpoint runs/default/checkpoints --output exported --verify
+  python tools/convert_to_hf.py --checkpoint runs/default/checkpoints --output exported
 """
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -49,8 +50,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-shard-size", type=parse_bytes, default="5GB", help=size)
     tokenizer = "folder, file, 'bytes', or 'none' for no tokenizer (default: the run's data.tokenizer)"
     add("--tokenizer", help=tokenizer)
-    proof = "read back, and compare all weights and some logits with the checkpoint"
-    add("--verify", action="store_true", help=proof)
+    proof = "compare all weights and some logits with transformers' (default: where memory is enough)"
+    add("--verify", action=argparse.BooleanOptionalAction, help=proof)
     return parser
 
 
@@ -64,7 +65,7 @@ def parse_bytes(text: str) -> int:
 
 
 def convert(arguments: argparse.Namespace) -> int:
-    """Export, and verify if asked to; 0 when all is well."""
+    """Export, and verify if asked to, or if it fits and nothing was said; 0 when all is well."""
     print(f"checking the files of {arguments.checkpoint}", file=sys.stderr)
     checkpoint = require_checkpoint(arguments.checkpoint, lambda line: print(line, file=sys.stderr))
     run = read_config(checkpoint)
@@ -82,7 +83,8 @@ def convert(arguments: argparse.Namespace) -> int:
     print(f"wrote {num_elements:,} parameters of {checkpoint} to {arguments.output}")
     if tokenizer is None:
         print("without a tokenizer: name one with --tokenizer to add it", file=sys.stderr)
-    return prove(weights, arguments.output) if arguments.verify else 0
+    about = f"{arguments.output} does not agree with {checkpoint}"
+    return prove(lambda: verify_export(weights, arguments.output), run.model, arguments.verify, about)
 
 
 def open_tokenizer(name: str | None, model: ModelConfig) -> Tokenizer | None:
@@ -108,15 +110,6 @@ def with_end_of_text(model: ModelConfig, tokenizer: Tokenizer | None) -> ModelCo
     if model.eos_token_id is not None or tokenizer is None or tokenizer.eos_token is None:
         return model
     return model.model_copy(update={"eos_token_id": tokenizer.eos_token_id})
-
-
-def prove(weights: Weights, output: Path) -> int:
-    """Say how far the export is from its checkpoint; 0 when they agree."""
-    found = verify_export(weights, output)
-    print(found)
-    if not found.holds:
-        print(f"error: {output} does not agree with {weights.checkpoint}", file=sys.stderr)
-    return 0 if found.holds else 1
 
 
 if __name__ == "__main__":

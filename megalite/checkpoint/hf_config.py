@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -11,6 +11,7 @@ from megalite.config.model import ModelConfig
 from megalite.config.section import explain
 
 DEFAULT_ROPE_THETA = 10000.0
+DEFAULT_WINDOW = 4096  # of transformers, where a class attends to a window
 
 
 @dataclass(frozen=True)
@@ -19,26 +20,35 @@ class Architecture:
 
     Attributes:
         name, model_type: the class, and what config.json calls its family.
-        sizes: fields that config.json must have.
-        optional: further fields, with what transformers takes for an absent one.
+        optional: fields of config.json besides SIZES, with what transformers takes for an absent one.
+        sizes: further fields that config.json must have.
+        always: fields of ModelConfig that config.json does not state, with the only value that the class has.
         computed: keys with the only value that both compute, which is transformers' default too.
         written: keys that are written with this value and not read: they do not change the logits, or are
             looked at by themselves.
+        window: whether attention ends at sliding_window: never, always, or where use_sliding_window says so.
         rotary_share: what transformers takes for an absent partial_rotary_factor; megalite computes 1.
     """
 
     name: str
     model_type: str
-    sizes: tuple[str, ...]
     optional: Mapping[str, Any]
+    sizes: tuple[str, ...] = ()
+    always: Mapping[str, Any] = field(default_factory=dict)
     computed: Mapping[str, Any] = field(default_factory=dict)
     written: Mapping[str, Any] = field(default_factory=dict)
+    window: Literal["never", "always", "switched"] = "never"
     rotary_share: float = 1.0
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """Fields that config.json must have."""
+        return (*SIZES, *self.sizes)
 
     @property
     def fields(self) -> set[str]:
         """All that it shares with ModelConfig."""
-        return {*self.sizes, *self.optional}
+        return {*self.required, *self.optional}
 
 
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -47,56 +57,88 @@ OPTIONAL = {
     "head_dim": None,
     "hidden_act": "silu",
     "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
     "pad_token_id": None,
 }
+UNREAD = {"attention_dropout": 0.0, "use_cache": True}
 LLAMA = Architecture(
     "LlamaForCausalLM",
     "llama",
-    SIZES,
     {
         **OPTIONAL,
         "max_position_embeddings": 2048,
-        "rms_norm_eps": 1e-6,
         "attention_bias": False,
         "mlp_bias": False,
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
-    written={"attention_dropout": 0.0, "pretraining_tp": 1, "use_cache": True},
+    always={"use_qk_norm": False},
+    written={**UNREAD, "pretraining_tp": 1},
+)
+MISTRAL = Architecture(
+    "MistralForCausalLM",
+    "mistral",
+    {
+        **OPTIONAL,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    always={"attention_bias": False, "mlp_bias": False, "use_qk_norm": False},
+    window="always",
+)
+QWEN2 = Architecture(
+    "Qwen2ForCausalLM",
+    "qwen2",
+    {**OPTIONAL, "num_key_value_heads": 32, "max_position_embeddings": 32768},
+    always={"attention_bias": True, "attention_out_bias": False, "mlp_bias": False, "use_qk_norm": False},
+    written={**UNREAD, "use_sliding_window": False, "sliding_window": None},
+    window="switched",
+)
+QWEN3 = Architecture(
+    "Qwen3ForCausalLM",
+    "qwen3",
+    {
+        **OPTIONAL,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "attention_bias": False,
+    },
+    always={"mlp_bias": False, "use_qk_norm": True},
+    written={**UNREAD, "use_sliding_window": False, "sliding_window": None},
+    window="switched",
 )
 GLM4_MOE = Architecture(
     "Glm4MoeForCausalLM",
     "glm4_moe",
-    (*SIZES, "moe_intermediate_size", "n_routed_experts", "num_experts_per_tok"),
     {
         **OPTIONAL,
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
         "rms_norm_eps": 1e-5,
-        "bos_token_id": None,
-        "eos_token_id": None,
+        "attention_bias": False,
+        "use_qk_norm": False,
         "n_shared_experts": 1,
         "first_k_dense_replace": 1,
         "norm_topk_prob": True,
         "routed_scaling_factor": 1.0,
     },
+    sizes=("moe_intermediate_size", "n_routed_experts", "num_experts_per_tok"),
+    always={"attention_out_bias": False, "mlp_bias": False},
     computed={
-        "attention_bias": False,  # its output projection has none where the others have one
         "n_group": 1,
         "topk_group": 1,
-        "use_qk_norm": False,
         "scoring_func": "sigmoid",  # not a key of its own, but DeepSeek's
     },
-    written={
-        "attention_dropout": 0.0,
-        "use_cache": True,
-        "num_nextn_predict_layers": 0,
-        "partial_rotary_factor": 1.0,
-    },
+    written={**UNREAD, "num_nextn_predict_layers": 0, "partial_rotary_factor": 1.0},
     rotary_share=0.5,
 )
-ARCHITECTURES = {architecture.name: architecture for architecture in (LLAMA, GLM4_MOE)}
+ARCHITECTURES = {one.name: one for one in (LLAMA, MISTRAL, QWEN2, QWEN3, GLM4_MOE)}
 
 
 # To Hugging Face
@@ -111,7 +153,7 @@ def hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
 
     Raises CheckpointError, with the reason, for a model that transformers has no class for.
     """
-    architecture = GLM4_MOE if model.n_routed_experts else LLAMA
+    architecture = nearest_architecture(model)
     _check_has_a_class(model, architecture)
     scaling = model.rope_scaling.model_dump(exclude_none=True) if model.rope_scaling else None
     rope = {**(scaling or {"rope_type": "default"}), "rope_theta": model.rope_theta}
@@ -131,13 +173,23 @@ def hf_config(model: ModelConfig, dtype: str) -> dict[str, Any]:
     }
 
 
+def nearest_architecture(model: ModelConfig) -> Architecture:
+    """The class that a model is of, if it is of any."""
+    if model.n_routed_experts:
+        return GLM4_MOE
+    if model.use_qk_norm:
+        return QWEN3
+    return LLAMA if model.attention_out_bias == model.attention_bias else QWEN2
+
+
 def _check_has_a_class(model: ModelConfig, architecture: Architecture) -> None:
     if model.hidden_size % model.num_attention_heads:
         raise CheckpointError(
             f"hidden_size {model.hidden_size} is not divisible by num_attention_heads "
             f"{model.num_attention_heads}: transformers refuses such a model, it cannot be exported"
         )
-    for name, value in architecture.computed.items():
+    only = {"attention_out_bias": model.attention_bias, **architecture.always, **architecture.computed}
+    for name, value in only.items():
         own = getattr(model, name, value)
         if own != value:
             raise CheckpointError(
@@ -156,12 +208,13 @@ def model_config(config: Mapping[str, Any], where: str) -> ModelConfig:
     for a model that megalite does not compute.
     """
     architecture = _architecture_of(config, where)
-    absent = [name for name in architecture.sizes if config.get(name) is None]
+    absent = [name for name in architecture.required if config.get(name) is None]
     if absent:
         raise CheckpointError(f"{where} has no {absent[0]}: it is no complete {architecture.name}")
     for name, value in architecture.computed.items():
         _check_computed(name, config.get(name, value), value, where)
-    fields = {name: config[name] for name in architecture.sizes}
+    _check_window(config, architecture, where)
+    fields = {**{name: config[name] for name in architecture.required}, **architecture.always}
     fields |= {name: config.get(name, default) for name, default in architecture.optional.items()}
     if isinstance(fields["eos_token_id"], list):
         fields["eos_token_id"] = next(iter(fields["eos_token_id"]), None)
@@ -176,9 +229,27 @@ def _architecture_of(config: Mapping[str, Any], where: str) -> Architecture:
     if len(names) != 1 or names[0] not in ARCHITECTURES:
         raise CheckpointError(
             f"{where} is of architecture {', '.join(map(str, names))}: "
-            f"only {' and '.join(ARCHITECTURES)} can be imported"
+            f"only {', '.join(ARCHITECTURES)} can be imported"
         )
     return ARCHITECTURES[names[0]]
+
+
+def _check_window(config: Mapping[str, Any], architecture: Architecture, where: str) -> None:
+    """A window that is as long as the context is none."""
+    if architecture.window == "never":
+        return
+    if architecture.window == "switched":
+        for kind in config.get("layer_types") or []:
+            _check_computed("layer_types", kind, "full_attention", where)
+        if not config.get("use_sliding_window", False):
+            return
+    window = config.get("sliding_window", DEFAULT_WINDOW)
+    context = config.get("max_position_embeddings", architecture.optional["max_position_embeddings"])
+    if window is not None and window < context:
+        raise CheckpointError(
+            f"{where}: sliding_window is {window}, max_position_embeddings {context}, and megalite has no "
+            f"window: set max_position_embeddings to {window} there to use the model within its window"
+        )
 
 
 def _rotary(config: Mapping[str, Any], architecture: Architecture, where: str) -> dict[str, Any]:

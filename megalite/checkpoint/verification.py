@@ -1,16 +1,20 @@
 """The proof of an export or import: weights are equal, and two implementations agree on the logits."""
 
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 
 import torch
 
+from megalite.checkpoint.departure import Departure, find_departure
 from megalite.checkpoint.format import CheckpointError
 from megalite.checkpoint.hf_folder import HFFolder
 from megalite.checkpoint.model import build_megalite_model, megalite_logits
 from megalite.checkpoint.weights import Weights
+from megalite.config.model import ModelConfig
+from megalite.model.flops import num_parameters
 
-LOGITS_TOLERANCE = 1e-4  # of the largest logit: float32 numbers, added in another order
+LOGITS_TOLERANCE = 1e-5  # of the largest logit: float32 numbers, added in another order
 
 
 @dataclass(frozen=True)
@@ -21,31 +25,46 @@ class Verification:
         weight_difference: the largest, after the checkpoint's weights were rounded; 0 or it is wrong.
         logit_difference: the largest, transformers against megalite.
         largest_logit: of transformers.
+        weight: that differs most, where any does.
+        departure: where the two implementations part, if they do.
     """
 
     weight_difference: float
     logit_difference: float
     largest_logit: float
+    weight: str | None = None
+    departure: Departure | None = None
 
     @property
     def holds(self) -> bool:
         """Whether both are the same model; not where a NaN is."""
-        tolerance = LOGITS_TOLERANCE * self.largest_logit
-        return self.weight_difference == 0 and self.logit_difference <= tolerance
+        return self.weight_difference == 0 and is_near(self.logit_difference, self.largest_logit)
 
     def __str__(self) -> str:
-        return (
-            f"largest difference of a weight after the cast: {self.weight_difference:g}\n"
+        where = f", of {self.weight}" if self.weight else ""
+        lines = [
+            f"largest difference of a weight after the cast: {self.weight_difference:g}{where}",
             f"largest difference of a logit, transformers against megalite: {self.logit_difference:g} "
-            f"(largest logit: {self.largest_logit:g})" + "\nverified" * self.holds
-        )
+            f"(largest logit: {self.largest_logit:g})",
+        ]
+        lines += [str(self.departure)] * (self.departure is not None)
+        return "\n".join(lines + ["verified"] * self.holds)
+
+
+def is_near(logit_difference: float, largest_logit: float) -> bool:
+    """Whether logits differ by rounding alone."""
+    return logit_difference <= LOGITS_TOLERANCE * largest_logit
+
+
+def bytes_needed(model: ModelConfig) -> int:
+    """Memory of a verification: the model twice, in float32."""
+    return 2 * 4 * num_parameters(model)
 
 
 def verify_export(weights: Weights, exported: Path) -> Verification:
     """Compare every weight of an exported folder, then the logits, with those of the checkpoint.
 
-    Memory: the model twice, in float32. Raises CheckpointError unless the folder holds exactly the tensors of
-    the checkpoint, in the same shape and dtype.
+    Raises CheckpointError unless the folder holds exactly the checkpoint's tensors, in their shape and dtype.
     """
     folder = HFFolder(exported)
     different = folder.tensors.keys() ^ weights.parts.keys()
@@ -60,29 +79,43 @@ def verify_export(weights: Weights, exported: Path) -> Verification:
 def verify(weights: Weights, folder: HFFolder) -> Verification:
     """Compare every weight of a folder, then the logits, with those of a checkpoint.
 
-    Memory: the model twice, in float32. Raises CheckpointError unless the folder holds the model's tensors.
+    Where the logits differ, both models compute once more and the first part that differs is named.
+
+    Raises CheckpointError unless the folder holds the model's tensors.
     """
-    return Verification(largest_difference(weights, folder), *logits_difference(weights, folder.path))
+    weight, weight_difference = largest_difference(weights, folder)
+    logit_difference, largest_logit, departure = compare_logits(weights, folder.path)
+    return Verification(weight_difference, logit_difference, largest_logit, weight, departure)
 
 
-def largest_difference(weights: Weights, folder: HFFolder) -> float:
-    """Largest |folder's - checkpoint's| over all weights, or NaN. Raises CheckpointError as `verify` does."""
+def largest_difference(weights: Weights, folder: HFFolder) -> tuple[str | None, float]:
+    """The weight with the largest |folder's - checkpoint's|, or with a NaN; (None, 0) where all are equal.
+
+    Raises CheckpointError as `verify` does.
+    """
     folder.check(weights.parts.values())
-    largest = torch.zeros((), dtype=torch.float64)
+    worst, largest = None, 0.0
     for name in weights.parts:
-        difference = (folder.tensors[name].double() - weights.read(name).double()).abs().max()
-        largest = torch.maximum(largest, difference)  # keeps a NaN, unlike max()
-    return largest.item()
+        difference = (folder.tensors[name].double() - weights.read(name).double()).abs().max().item()
+        if isnan(difference):
+            return name, difference
+        if difference > largest:
+            worst, largest = name, difference
+    return worst, largest
 
 
 @torch.no_grad()
-def logits_difference(weights: Weights, folder: Path) -> tuple[float, float]:
-    """(largest difference, largest logit) on random tokens, both in float32 from the weights as exported."""
+def compare_logits(weights: Weights, folder: Path) -> tuple[float, float, Departure | None]:
+    """(largest difference, largest logit, where both part), on random tokens and in float32."""
     from transformers import AutoModelForCausalLM
 
     model, generator = weights.model, torch.Generator().manual_seed(0)
     length = min(model.max_position_embeddings, 128)
     tokens = torch.randint(model.vocab_size, (2, length), generator=generator)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(tokens).logits
-    ours = megalite_logits(build_megalite_model(weights), tokens)
-    return (theirs - ours).abs().max().item(), theirs.abs().max().item()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ours = build_megalite_model(weights)
+    expected = theirs(tokens).logits
+    difference = (expected - megalite_logits(ours, tokens)).abs().max().item()
+    largest = expected.abs().max().item()
+    agree = is_near(difference, largest)
+    return difference, largest, None if agree else find_departure(ours, theirs, tokens, LOGITS_TOLERANCE)

@@ -67,7 +67,17 @@ class ModelConfig(Section):
     tie_word_embeddings: bool = Field(
         False, description="Whether the output layer is the embedding's own weight."
     )
-    attention_bias: bool = Field(False, description="Whether attention's four projections have biases.")
+    attention_bias: bool = Field(
+        False, description="Whether attention's query, key and value projections have biases."
+    )
+    attention_out_bias: bool = Field(
+        None,  # filled in by the validator below
+        validate_default=True,
+        description="Whether attention's output projection has one; null means as attention_bias.",
+    )
+    use_qk_norm: bool = Field(
+        False, description="Whether each query and key head is normalised, by RMSNorm, before its rotation."
+    )
     mlp_bias: bool = Field(False, description="Whether the MLP's three projections have biases.")
     rope_theta: PositiveFloat = Field(10000.0, description="Base of the rotary frequencies.")
     rope_scaling: RopeScalingConfig | None = Field(
@@ -100,6 +110,11 @@ class ModelConfig(Section):
     @classmethod
     def _one_for_each_query_head(cls, value: Any, info: ValidationInfo) -> Any:
         return info.data.get("num_attention_heads") if value is None else value
+
+    @field_validator("attention_out_bias", mode="before")
+    @classmethod
+    def _as_the_others(cls, value: Any, info: ValidationInfo) -> Any:
+        return info.data.get("attention_bias", False) if value is None else value
 
     @field_validator("head_dim", mode="before")
     @classmethod

@@ -1,8 +1,9 @@
 """One table of the model's tensors: name, shape, cut and kind, for every row of a Llama (pure arithmetic).
 
 Parameters and FLOPs are counted from it, checkpoints named, Hugging Face folders written, and each stage
-checks itself against it. Names and shapes are those of Hugging Face's LlamaForCausalLM, and with experts of
-Glm4MoeForCausalLM; the experts of a layer are one stack here, `[experts, out, in]`.
+checks itself against it. Names and shapes are those of Hugging Face's LlamaForCausalLM, with norms of heads
+of Qwen3ForCausalLM, and with experts of Glm4MoeForCausalLM; the experts of a layer are one stack here,
+`[experts, out, in]`.
 """
 
 from collections.abc import Iterator
@@ -73,9 +74,10 @@ def layer_table(config: ModelConfig, layer: int) -> list[TensorRow]:
     kv_heads = config.num_key_value_heads
     query, key = (heads * config.head_dim for heads in (config.num_attention_heads, kv_heads))
     prefix = f"model.layers.{layer}"
+    head_norms = ("q_norm", "k_norm") if config.use_qk_norm else ()
 
-    def norm(name: str) -> TensorRow:
-        return TensorRow(f"{prefix}.{name}.weight", (width,), "norm", layer=layer)
+    def norm(name: str, size: int = width) -> TensorRow:
+        return TensorRow(f"{prefix}.{name}.weight", (size,), "norm", layer=layer)
 
     def linear(
         name: str, out: int, into: int, dim: int, bias: bool, pieces: int | None = None
@@ -110,7 +112,8 @@ def layer_table(config: ModelConfig, layer: int) -> list[TensorRow]:
         *linear("self_attn.q_proj", query, width, 0, config.attention_bias),
         *linear("self_attn.k_proj", key, width, 0, config.attention_bias, kv_heads),
         *linear("self_attn.v_proj", key, width, 0, config.attention_bias, kv_heads),
-        *linear("self_attn.o_proj", width, query, 1, config.attention_bias),
+        *linear("self_attn.o_proj", width, query, 1, config.attention_out_bias),
+        *(norm(f"self_attn.{name}", config.head_dim) for name in head_norms),
         norm("post_attention_layernorm"),
         *(experts() if config.has_experts(layer) else mlp("mlp", config.intermediate_size)),
     ]

@@ -13,21 +13,29 @@ class ParallelRMSNorm(nn.Module):
 
         dweight = sum over s, b of dy * n
 
-    Under sequence parallelism each rank sees its part of s, so dweight is summed over the ranks as well.
+    Where each rank sees a part of x, dweight is summed over the ranks as well: under sequence parallelism a
+    part of s, and with sees_heads the heads of that rank.
     """
 
     def __init__(
-        self, hidden_size: int, plan: LayerPlan | None = None, *, eps: float = 1e-5, name: str = ""
+        self,
+        hidden_size: int,
+        plan: LayerPlan | None = None,
+        *,
+        eps: float = 1e-5,
+        name: str = "",
+        sees_heads: bool = False,
     ) -> None:
         super().__init__()
         self.plan = plan = plan or LayerPlan()
         self.eps = eps
         full_name = f"{name}.weight" if name else "weight"
-        spec = whole_spec(plan.context, full_name, (hidden_size,), is_summed=plan.sequence_parallel)
+        is_summed = plan.sequence_parallel or sees_heads
+        spec = whole_spec(plan.context, full_name, (hidden_size,), is_summed=is_summed)
         self.weight = sharded_parameter(spec, constant_initializer(1.0), plan.dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[s, b, h] or [s/t, b, h], the shape kept."""
+        """[s, b, h], [s/t, b, h] or heads [s, b, A/t, h], the shape kept."""
         weight = self.plan.with_whole_gradient(self.weight)
         return F.rms_norm(x, weight.shape, weight, self.eps)
 

@@ -195,7 +195,8 @@ def whole_spec(
 ) -> ShardSpec:
     """Spec of a parameter that every tensor-parallel rank holds whole; rank 0 owns it.
 
-    is_summed: each rank uses it on its own part of the sequence, so that gradients are parts of a sum.
+    is_summed: each rank uses it on its own part of the sequence or of the heads, so that gradients are parts
+    of a sum.
     """
     summed_over = ("tp",) if is_summed else ()
     return ShardSpec(name, full_shape, copied_over=("tp",), copy=context["tp"].rank, summed_over=summed_over)

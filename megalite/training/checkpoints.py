@@ -20,6 +20,7 @@ from megalite.data.fingerprint import check_same_data
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.shard import ShardSpec, spec_of, state_buffers
 from megalite.training.engine import StageEngine
+from megalite.training.start import find_start
 from megalite.training.world import gather
 from megalite.training.zero import MasterSlice, inner_optimizer, local_weight, master_slices
 
@@ -56,7 +57,8 @@ class Checkpoints:
         if folder is not None and folder_step(folder):
             return self._continue(engine, folder)
         if folder is None and settings.start_from is not None:
-            folder = self._find_start(Path(settings.start_from))
+            place = find_start(settings.start_from, self.run.output_dir, self.rank, self.report)
+            folder = self._find_start(place)
         if folder is not None:
             self._start(engine, folder)
         return 0
@@ -68,11 +70,6 @@ class Checkpoints:
         folder = self._find(path)
         if folder is not None:
             return folder
-        if (path / "config.json").exists():
-            raise CheckpointError(
-                f"checkpoint.start_from {path} is a Hugging Face folder: make a checkpoint of it first, with "
-                "tools/convert_from_hf.py"
-            )
         raise CheckpointError(
             f"checkpoint.start_from {path} holds no checkpoint: expected RUN_DIR/checkpoints, or a step in it"
         )

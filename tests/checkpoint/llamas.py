@@ -1,10 +1,19 @@
-"""Tiny random models of transformers, Llama and Glm4Moe, and megalite checkpoints made of their weights."""
+"""Tiny random Llamas, Qwens and Glm4Moes of transformers, and megalite checkpoints made of their weights."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from megalite.config.load import dump_run
 from megalite.config.model import ModelConfig
@@ -25,6 +34,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {"tie_word_embeddings": True},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "wide heads": {"head_dim": 16},
+    "qwen2": {"attention_bias": True, "attention_out_bias": False, "tie_word_embeddings": True},
+    "qwen2, wide heads": {"attention_bias": True, "attention_out_bias": False, "head_dim": 16},
+    "qwen3": {"use_qk_norm": True, "head_dim": 16},
+    "qwen3, biases": {"use_qk_norm": True, "attention_bias": True, "tie_word_embeddings": True},
     "theta": {"rope_theta": 500000.0, "rms_norm_eps": 1e-3},
     "linear": {"rope_theta": 50000.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "llama3": {
@@ -52,6 +65,8 @@ EXPERT_VARIANTS: dict[str, dict[str, Any]] = {
     "tied experts": EXPERTS | {"tie_word_embeddings": True, "n_shared_experts": 2, "head_dim": 16},
     "gates as they are": EXPERTS | {"norm_topk_prob": False, "first_k_dense_replace": 0},
     "one of two": EXPERTS | {"n_routed_experts": 2, "num_experts_per_tok": 1, "norm_topk_prob": False},
+    "head norms and biases": EXPERTS
+    | {"use_qk_norm": True, "attention_bias": True, "attention_out_bias": False},
     "llama3 experts": EXPERTS | VARIANTS["llama3"],
 }
 
@@ -85,13 +100,21 @@ def random_llama(model: ModelConfig) -> Any:
 # built the way transformers documents them, from their own field names, not from hf_config
 
 
-def plain_llama(model: ModelConfig) -> LlamaForCausalLM:
-    fields = model.model_dump(exclude={"rope_scaling", "rope_theta"})
-    return LlamaForCausalLM(LlamaConfig(**fields, rope_parameters=rope_parameters(model)))
+def plain_llama(model: ModelConfig) -> Any:
+    """A Llama, or what Qwen made of it."""
+    own = {"rope_scaling", "rope_theta", "attention_out_bias", "use_qk_norm"}
+    fields = model.model_dump(exclude=own) | {"rope_parameters": rope_parameters(model)}
+    if model.use_qk_norm:
+        return Qwen3ForCausalLM(Qwen3Config(**fields))
+    if model.attention_out_bias != model.attention_bias:
+        del fields["attention_bias"]
+        return Qwen2ForCausalLM(Qwen2Config(**fields))
+    return LlamaForCausalLM(LlamaConfig(**fields))
 
 
 def glm4_moe(model: ModelConfig) -> Glm4MoeForCausalLM:
     others = {"rope_scaling", "rope_theta", "mlp_bias", "scoring_func", "router_aux_loss_coef"}
+    others |= {"attention_out_bias"}
     rope = rope_parameters(model) | {"partial_rotary_factor": 1.0}
     fields = model.model_dump(exclude=others)
     return Glm4MoeForCausalLM(Glm4MoeConfig(**fields, rope_parameters=rope, num_mtp_layers=0))

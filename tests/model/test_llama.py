@@ -1,4 +1,5 @@
-"""The decoder equals Hugging Face's: loss and every gradient, in float64, and parameter names and counts.
+"""The decoder equals Hugging Face's Llama, Mistral, Qwen2 and Qwen3: loss and every gradient, in float64, and
+parameter names and counts.
 
 Both compute rotary angles in fp32, everything else in float64 (transformers' norm is told to); the two
 differ by the order of sums, some units of 1e-16. 1e-9 relative leaves room for
@@ -6,11 +7,22 @@ sums over all tokens and would not hide a wrong term.
 """
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megalite.batch import Batch
 from megalite.checkpoint.hf_config import hf_config
@@ -53,24 +65,56 @@ VARIANTS = {
 }
 
 
-def twins(changes: dict, recompute: str = "none") -> tuple[ModelConfig, LlamaStage, LlamaForCausalLM]:
+QKV_BIASES = {"attention_bias": True, "attention_out_bias": False}
+# The family of transformers' class, and what the model has that SMALL has not.
+EVERY: dict[str, tuple[str, dict]] = {
+    **{name: ("llama", changes) for name, changes in VARIANTS.items()},
+    "mistral": ("mistral", {"rope_theta": 1e6, "head_dim": 12}),
+    "qwen2": ("qwen2", QKV_BIASES | {"tie_word_embeddings": True, "rms_norm_eps": 1e-6}),
+    "qwen2, wide heads": ("qwen2", QKV_BIASES | {"head_dim": 16}),
+    "qwen3": ("qwen3", {"use_qk_norm": True, "head_dim": 16, "rms_norm_eps": 1e-3}),
+    "qwen3, biases": ("qwen3", {"use_qk_norm": True, "attention_bias": True, "rope_scaling": LLAMA3}),
+}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+
+
+def build_twin(config: ModelConfig, family: str) -> nn.Module:
+    """transformers' own class of a family; where it is not the one of the export, with the same fields."""
+    fields = hf_config(config, "float32")
+    if family == "mistral":
+        fields |= {"model_type": "mistral", "sliding_window": SMALL["max_position_embeddings"]}
+    assert fields["model_type"] == family
+    config_class, model_class = FAMILIES[family]
+    return model_class(config_class(**fields))
+
+
+def twins(
+    changes: dict, recompute: str = "none", family: str = "llama"
+) -> tuple[ModelConfig, LlamaStage, nn.Module]:
     config = ModelConfig.model_validate(SMALL | changes)
     stage = LlamaStage(config, LayerPlan(dtype=torch.float64), seed=5, recompute=recompute)
     for index, parameter in enumerate(stage.parameters()):  # biases and norms as well are to matter
         if parameter.ndim == 1:
             generator = torch.Generator().manual_seed(index)
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    twin = LlamaForCausalLM(LlamaConfig(**hf_config(config, "float32"))).double()
+    twin = build_twin(config, family).double()
     weights = {p.spec.name: p.detach()[: p.spec.box_shape[0]] for p in stage.parameters()}
     missing, unexpected = twin.load_state_dict(weights, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}
     twin.tie_weights()
-    for norm in (module for module in twin.modules() if isinstance(module, LlamaRMSNorm)):
+    norms = [module for module in twin.modules() if type(module).__name__.endswith("RMSNorm")]
+    assert len(norms) == (4 if config.use_qk_norm else 2) * config.num_hidden_layers + 1
+    for norm in norms:
         norm.forward = partial(_norm_in_float64, norm)
     return config, stage, twin
 
 
-def _norm_in_float64(norm: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
+def _norm_in_float64(norm: Any, x: torch.Tensor) -> torch.Tensor:
     """What LlamaRMSNorm computes, without its cast to fp32."""
     return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
 
@@ -87,9 +131,9 @@ def loss_and_gradients(stage, twin) -> tuple[torch.Tensor, torch.Tensor, dict, d
     return loss, expected, ours, {name: p.grad for name, p in twin.named_parameters()}
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-def test_loss_and_gradients_equal_transformers(changes):
-    _, stage, twin = twins(changes)
+@pytest.mark.parametrize(("family", "changes"), EVERY.values(), ids=EVERY.keys())
+def test_loss_and_gradients_equal_transformers(family, changes):
+    _, stage, twin = twins(changes, family=family)
     loss, expected, ours, theirs = loss_and_gradients(stage, twin)
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
     assert ours.keys() == theirs.keys()
@@ -113,8 +157,10 @@ def test_rotary_frequencies_equal_those_of_transformers(scaling):
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputation_changes_nothing(recompute):
-    _, stage, twin = twins({}, recompute)
+@pytest.mark.parametrize("name", ["plain", "qwen3"])
+def test_recomputation_changes_nothing(name, recompute):
+    family, changes = EVERY[name]
+    _, stage, twin = twins(changes, recompute, family)
     loss, expected, ours, theirs = loss_and_gradients(stage, twin)
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
     for name, gradient in theirs.items():
@@ -128,9 +174,9 @@ def test_the_comparison_notices_another_theta():
     assert abs(loss - expected) > 1e-6
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-def test_names_shapes_and_counts_agree_with_the_tables(changes):
-    config, stage, twin = twins(changes)
+@pytest.mark.parametrize(("family", "changes"), EVERY.values(), ids=EVERY.keys())
+def test_names_shapes_and_counts_agree_with_the_tables(family, changes):
+    config, stage, twin = twins(changes, family=family)
     shapes = {p.spec.name: p.spec.full_shape for p in stage.parameters()}
     assert shapes == {row.name: row.shape for row in model_table(config)}
     assert num_parameters(config) == sum(p.numel() for p in twin.parameters())

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from megalite.checkpoint import proof
 from megalite.checkpoint.hf import export
 from megalite.checkpoint.load import TensorReader, read_config, read_state
 from megalite.checkpoint.weights import Weights
 from megalite.tokenizer.load import build_byte_tokenizer
-from tests.checkpoint.llamas import EXPERT_VARIANTS, VARIANTS, random_llama, tensors_of, tiny_run
+from tests.checkpoint.llamas import EXPERT_VARIANTS, VARIANTS, logits, random_llama, tensors_of, tiny_run
 from tools import convert_from_hf, generate
 
 EVERY_VARIANT = VARIANTS | EXPERT_VARIANTS
@@ -57,6 +59,22 @@ def test_there_and_back_is_equal_bit_for_bit(tmp_path, capsys, variant):
         assert {tensor.dtype for name, tensor in there.items() if "correction_bias" not in name} == {
             DTYPES[dtype]
         }
+
+
+def test_a_mistral_comes_in_and_goes_out_as_the_llama_that_it_is(tmp_path, capsys):
+    model = tiny_run("plain").model
+    fields = model.model_dump(exclude={"rope_scaling", "rope_theta"}) | {"sliding_window": 64, "head_dim": 16}
+    torch.manual_seed(0)
+    mistral = MistralForCausalLM(MistralConfig(**fields, rope_parameters=ROPE)).eval()
+    mistral.save_pretrained(tmp_path / "hf")
+    assert run_tool(tmp_path) == 0
+    assert capsys.readouterr().out.endswith("\nverified\n")
+    imported = read_config(checkpoint_of(tmp_path)).model
+    export(Weights(checkpoint_of(tmp_path), imported), tmp_path / "back")
+    there, back = tensors_in(tmp_path / "hf"), tensors_in(tmp_path / "back")
+    assert there.keys() == back.keys() and all(tensor.equal(back[name]) for name, tensor in there.items())
+    llama = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.float32)
+    assert type(llama) is LlamaForCausalLM and logits(llama).equal(logits(mistral))
 
 
 @pytest.mark.parametrize("variant", ["plain", "experts"])
@@ -130,7 +148,7 @@ def test_a_comparison_that_does_not_fit_into_memory_is_left_out_unless_asked_for
     class Full:
         available = 1000
 
-    monkeypatch.setattr(convert_from_hf.psutil, "virtual_memory", Full)
+    monkeypatch.setattr(proof.psutil, "virtual_memory", Full)
     save(tmp_path / "hf")
     assert run_tool(tmp_path) == 0
     captured = capsys.readouterr()
@@ -173,7 +191,12 @@ def change_config(tmp_path, change: dict) -> None:
 
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 REFUSED_CONFIGS = [
-    ("plain", {"architectures": ["MistralForCausalLM"]}, "is of architecture MistralForCausalLM: only Llama"),
+    ("plain", {"architectures": ["GemmaForCausalLM"]}, "is of architecture GemmaForCausalLM: only Llama"),
+    ("plain", {"architectures": ["Qwen3ForCausalLM"]}, "has no model.layers.0.self_attn.q_norm.weight"),
+    ("plain", {"architectures": ["Qwen2ForCausalLM"]}, "has no model.layers.0.self_attn.q_proj.bias"),
+    ("biases", {"architectures": ["Qwen2ForCausalLM"]}, "which the model of its config.json does not have"),
+    ("qwen3", {"architectures": ["LlamaForCausalLM"]}, "which the model of its config.json does not have"),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 32}, "sliding_window is 32, max_posi"),
     ("plain", {"architectures": ...}, "is of architecture none"),
     ("plain", {"hidden_size": ...}, "has no hidden_size"),
     ("plain", {"hidden_act": "gelu"}, 'hidden_act is "gelu": expected one of \'silu\''),
@@ -181,9 +204,9 @@ REFUSED_CONFIGS = [
     ("plain", {"rope_parameters": ..., "rope_scaling": {"type": "dynamic", "factor": 2.0}}, '"dynamic"'),
     ("experts", {"rope_parameters": ROPE}, "partial_rotary_factor is 0.5 and megalite computes 1 only"),
     ("experts", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5 and megalite computes 1 only"),
-    ("experts", {"use_qk_norm": True}, "use_qk_norm is true and megalite computes false only"),
+    ("experts", {"use_qk_norm": True}, "has no model.layers.0.self_attn.q_norm.weight"),
     ("experts", {"n_group": 2}, "n_group is 2 and megalite computes 1 only"),
-    ("experts", {"attention_bias": True}, "attention_bias is true and megalite computes false only"),
+    ("experts", {"attention_bias": True}, "has no model.layers.0.self_attn.q_proj.bias"),
     ("experts", {"n_routed_experts": 8}, "mlp.gate.weight has shape [6, 32], by config.json it is [8, 32]"),
     ("plain", {"intermediate_size": 64}, "gate_proj.weight has shape [48, 32], by config"),
     ("plain", {"num_hidden_layers": 1}, "which the model of its config.json does not have"),
@@ -196,7 +219,7 @@ REFUSED_CONFIGS = [
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("folders")
-    for variant in ("plain", "tied", "experts"):
+    for variant in ("plain", "tied", "biases", "qwen3", "experts"):
         save(root / variant, variant)
     return root
 

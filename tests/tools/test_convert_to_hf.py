@@ -59,7 +59,9 @@ def test_verify_fails_when_the_model_reads_the_weights_differently(tmp_path, cap
     assert run_tool(tmp_path, "--verify") == 1
     captured = capsys.readouterr()
     assert "weight after the cast: 0\n" in captured.out
+    assert "first differs after model.layers.0.self_attn, by " in captured.out
     assert "does not agree with" in captured.err and "verified\n" not in captured.out
+    assert (tmp_path / "hf" / "model.safetensors").exists()
 
 
 def test_verify_fails_when_a_weight_differs(tmp_path, capsys, monkeypatch):

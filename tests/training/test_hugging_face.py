@@ -186,13 +186,11 @@ def refusals(rank, attempts, folder) -> list[str]:
 
 def test_a_start_that_does_not_fit_is_refused_in_one_line(imported, tmp_path):
     experts, dense, wide = (str(imported[kind][1]) for kind in ("experts", "dense", "wide"))
-    hf_folder = str(Path(dense).parent.parent / "hf")
     expected = [
         (Case(), wide, "mlp.gate_proj.weight has shape [64, 32] in"),
         (Case(), experts, "has no weight model.layers.1.mlp.gate_proj.weight"),
         (Case(model_kind="experts"), dense, "holds weight per tensor and this run has buffer, weight"),
         (Case(tied=True), dense, "has 1 tensors that this model has not, weight lm_head.weight"),
-        (Case(), hf_folder, f"{hf_folder} is a Hugging Face folder: make a checkpoint of it first"),
         (Case(), str(tmp_path / "absent"), "absent holds no checkpoint: expected RUN_DIR/checkpoints"),
         (Case(), str(tmp_path / "step-00000007"), "there is no checkpoint "),
     ]

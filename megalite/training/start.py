@@ -1,0 +1,45 @@
+"""The weights that a run begins with: another run's checkpoint, or a Hugging Face folder, imported once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megalite.checkpoint.format import CheckpointError, list_steps
+from megalite.checkpoint.hf import import_folder
+from megalite.checkpoint.hf_folder import CONFIG_FILE, HFFolder
+from megalite.checkpoint.load import find_checkpoint, read_config
+from megalite.config.run import CheckpointConfig, RunConfig
+from megalite.training.world import on_rank_0
+
+
+def find_start(source: str, output_dir: str, rank: int, report: Callable[[str], None]) -> Path:
+    """Where the checkpoint is that checkpoint.start_from means; collective on all ranks.
+
+    A Hugging Face folder is imported into RUN_DIR/start by rank 0, the first time. What becomes of the folder
+    later has no part in the run.
+    """
+    return on_rank_0(rank, lambda: _find_or_import(Path(source), Path(output_dir), report))
+
+
+def _find_or_import(source: Path, output_dir: Path, report: Callable[[str], None]) -> Path:
+    if not (source / CONFIG_FILE).exists():
+        return source
+    start = output_dir / "start"
+    if list_steps(start):
+        _check_made_of(source, start, report)
+        return start
+    folder = HFFolder(source)
+    made_of = CheckpointConfig(start_from=str(source.resolve()))
+    run = RunConfig(model=folder.model, checkpoint=made_of, output_dir=str(output_dir))
+    report(f"imports {source} into {start}")
+    import_folder(folder, start, run)
+    return start
+
+
+def _check_made_of(source: Path, start: Path, report: Callable[[str], None]) -> None:
+    checkpoint = find_checkpoint(start, report)
+    made_of = read_config(checkpoint).checkpoint.start_from if checkpoint else None
+    if made_of != str(source.resolve()):
+        raise CheckpointError(
+            f"{start} was made of {made_of} and checkpoint.start_from is {source}: remove {start}, or choose "
+            "another output_dir"
+        )
