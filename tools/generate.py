@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megalite.checkpoint.load import read_config, require_checkpoint
+from megalite.checkpoint.load import PLACES, read_config, require_checkpoint
 from megalite.checkpoint.model import build_transformers_model
 from megalite.checkpoint.weights import DTYPES, Weights
 from megalite.config.model import ModelConfig
@@ -41,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=formatter)
     add = parser.add_argument
-    where = "RUN_DIR/checkpoints (the newest valid one), or a step-N in it"
+    where = f"{PLACES}; of several the newest valid one"
     add("--checkpoint", type=Path, required=True, help=where)
     add("--prompt", required=True, help="text to continue")
     most = "most tokens to add (default: %(default)s)"

@@ -1,11 +1,15 @@
 """The model of a checkpoint in the memory of one process: megalite's own, or transformers'."""
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megalite.batch import Batch
+from megalite.checkpoint.format import CheckpointError
 from megalite.checkpoint.hf_config import hf_config
+from megalite.checkpoint.load import read_config, require_checkpoint
 from megalite.checkpoint.weights import DTYPES, Weights
 from megalite.model.llama import LlamaStage
 from megalite.parallel.plan import LayerPlan
@@ -43,3 +47,24 @@ def build_transformers_model(weights: Weights) -> Any:
     config = model_class.config_class.from_dict(fields)
     state = {name: weights.read(name) for name in weights.parts}
     return model_class.from_pretrained(None, config=config, state_dict=state, dtype=DTYPES[weights.dtype])
+
+
+def load(
+    checkpoint: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
+) -> Any:
+    """transformers' model with the weights of a checkpoint, to be called and to `generate`.
+
+    Args:
+        checkpoint: RUN_DIR, its checkpoints, or one step's folder; of several the newest valid one.
+        dtype: of the weights: float32, bfloat16 or float16.
+        device: where they are to be.
+
+    Returns LlamaForCausalLM, or the class that transformers has for what the model holds besides.
+    Raises CheckpointError for a path without a valid checkpoint, a model that transformers has no class
+    for, or a dtype that a weight does not fit into.
+    """
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise CheckpointError(f"dtype {name} is not one of {', '.join(DTYPES)}")
+    found = require_checkpoint(Path(checkpoint), warnings.warn)
+    return build_transformers_model(Weights(found, read_config(found).model, name)).to(device)

@@ -148,8 +148,8 @@ class CheckpointConfig(Section):
     resume: bool = Field(True, description="Whether to continue from the newest complete checkpoint.")
     start_from: str | None = Field(
         None,
-        description="Checkpoint (RUN_DIR/checkpoints, or a step in it) with whose weights a run begins that "
-        "has none of its own; null means random weights.",
+        description="Checkpoint (RUN_DIR/checkpoints, RUN_DIR or one step's folder) with whose weights a run "
+        "begins that has none of its own; null means random weights.",
     )
     keep_last: NonNegativeInt = Field(2, description="Number of newest checkpoints to keep; 0 means all.")
     save_at_end: bool = Field(True, description="Whether to save after the last step.")

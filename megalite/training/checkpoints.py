@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.checkpoint.format import CheckpointError, Piece, folder_step
-from megalite.checkpoint.load import find_checkpoint, load_pieces, read_config, read_state
+from megalite.checkpoint.load import find_checkpoint, load_pieces, read_config, read_state, require_checkpoint
 from megalite.checkpoint.save import save_checkpoint
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.load import dump_run
@@ -65,16 +65,13 @@ class Checkpoints:
         return find_checkpoint(path, self.report, rank=self.rank, world_size=self.world_size, gather=gather)
 
     def _find_start(self, path: Path) -> Path:
-        folder = self._find(path)
-        if folder is not None:
-            return folder
-        if (path / "config.json").exists():
-            raise CheckpointError(
-                f"checkpoint.start_from {path} is a Hugging Face folder: make a checkpoint of it first, with "
-                "tools/convert_from_hf.py"
-            )
-        raise CheckpointError(
-            f"checkpoint.start_from {path} holds no checkpoint: expected RUN_DIR/checkpoints, or a step in it"
+        return require_checkpoint(
+            path,
+            self.report,
+            setting="checkpoint.start_from",
+            rank=self.rank,
+            world_size=self.world_size,
+            gather=gather,
         )
 
     def _continue(self, engine: StageEngine, folder: Path) -> int:
