@@ -39,7 +39,7 @@ def commands(text: str) -> list[list[str]]:
     """The words of every command of ours in a page's blocks of code."""
     lines = [line for block in code_blocks(text) for line in block.replace("\\\n", " ").splitlines()]
     ours = [line for line in lines if re.match(rf"\s*(?:{'|'.join(CHECKS)}|slurm/\w+\.sh)\s", line)]
-    return [shlex.split(line, comments=True) for line in ours]
+    return [shlex.split(line.partition(" < ")[0], comments=True) for line in ours]
 
 
 def check_make(words: list[str]) -> None:
@@ -76,11 +76,12 @@ def check_python(words: list[str]) -> None:
 
 
 def check_deepspeed(words: list[str]) -> None:
-    """The launcher's parser, then the run's: every file, key and value, and the layout on so many ranks."""
+    """The launcher's parser, then the tool's or the run's: every file, key and value, and the layout."""
     from deepspeed.launcher.runner import parse_args
 
     launch = parse_args(words[1:])
-    existing(launch.user_script)
+    if existing(launch.user_script).parent.name == "tools":
+        return check_python(["python", launch.user_script, *launch.user_args])
     check_run(launch.user_args, launch.num_gpus if launch.num_gpus > 0 else 16)
 
 
