@@ -25,6 +25,7 @@ _HOMES = {
     "build_schedule": "megalite.pipeline.schedule",
     "ModelConfig": "megalite.config.model",
     "LlamaStage": "megalite.model.llama",
+    "load": "megalite.checkpoint.model",
 }
 __all__ = ["__version__", *_HOMES]
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.checkpoint.llamas import random_llama, save_llama, tiny_run
 from tests.harness import run_distributed
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,7 @@ def commands(text: str) -> list[list[str]]:
     """The words of every command of ours in a page's blocks of code."""
     lines = [line for block in code_blocks(text) for line in block.replace("\\\n", " ").splitlines()]
     ours = [line for line in lines if re.match(rf"\s*(?:{'|'.join(CHECKS)}|slurm/\w+\.sh)\s", line)]
-    return [shlex.split(line, comments=True) for line in ours]
+    return [shlex.split(line.partition(" < ")[0], comments=True) for line in ours]
 
 
 def check_make(words: list[str]) -> None:
@@ -75,11 +76,12 @@ def check_python(words: list[str]) -> None:
 
 
 def check_deepspeed(words: list[str]) -> None:
-    """The launcher's parser, then the run's: every file, key and value, and the layout on so many ranks."""
+    """The launcher's parser, then the tool's or the run's: every file, key and value, and the layout."""
     from deepspeed.launcher.runner import parse_args
 
     launch = parse_args(words[1:])
-    existing(launch.user_script)
+    if existing(launch.user_script).parent.name == "tools":
+        return check_python(["python", launch.user_script, *launch.user_args])
     check_run(launch.user_args, launch.num_gpus if launch.num_gpus > 0 else 16)
 
 
@@ -207,11 +209,16 @@ def test_pictures_are_small_and_shown():
         assert picture.name in pages and picture.stat().st_size < 200_000
 
 
+def names_of_example(number: int) -> dict[str, Any]:
+    """What an example of the page leaves behind when it is run."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(re.findall(r"```python\n(.*?)```", README, flags=re.S)[number], names)
+    return names
+
+
 def run_example(rank: int) -> tuple[float, int, torch.Tensor]:
     """(loss, number of pieces, gradient) of the example on this rank."""
-    code = re.search(r"```python\n(.*?)```", README, flags=re.S)[1]
-    names: dict[str, Any] = {"__name__": "__main__"}
-    exec(code, names)
+    names = names_of_example(0)
     weight = names["layer"].up.weight
     return names["loss"].item(), weight.spec.cuts[0].num_pieces, weight.grad
 
@@ -224,3 +231,15 @@ def test_the_example_gives_the_same_loss_and_gradients_on_one_and_two_processes(
     assert [loss for loss, _, _ in on_two] == pytest.approx([loss, loss], rel=1e-5)
     torch.testing.assert_close(torch.cat([part for _, _, part in on_two]), gradient, rtol=1e-4, atol=1e-9)
     assert not torch.allclose(on_two[0][2], on_two[1][2])
+
+
+def test_the_example_continues_a_prompt_with_the_model_of_a_run(tmp_path, monkeypatch, capsys):
+    run = tiny_run()
+    llama = random_llama(run.model)
+    save_llama(tmp_path / "runs/first/checkpoints", llama, run)
+    monkeypatch.chdir(tmp_path)
+    tokens = names_of_example(1)["tokens"]
+    prompt = tokens[:, : len("def main(")]
+    assert bytes(prompt[0].tolist()) == b"def main("
+    assert tokens.equal(llama.bfloat16().generate(prompt, max_new_tokens=20, do_sample=False))
+    assert capsys.readouterr().out.endswith("torch.Size([1, 29, 257])\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megalite.checkpoint.hf import export
-from megalite.checkpoint.load import read_config, require_checkpoint
+from megalite.checkpoint.load import PLACES, read_config, require_checkpoint
 from megalite.checkpoint.proof import prove
 from megalite.checkpoint.verification import verify_export
 from megalite.checkpoint.weights import DTYPES, Weights
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=formatter)
     add = parser.add_argument
-    where = "RUN_DIR/checkpoints (the newest valid one), or a step-N in it"
+    where = f"{PLACES}; of several the newest valid one"
     add("--checkpoint", type=Path, required=True, help=where)
     add("--output", type=Path, required=True, help="folder to write; must not exist, or be empty")
     add("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: %(default)s)")

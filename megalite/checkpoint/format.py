@@ -22,6 +22,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megalite.error import UserError
+from megalite.parallel.shard import ShardSpec
 
 FORMAT_VERSION = 1
 STORED_DTYPE = torch.float32  # of every tensor
@@ -78,6 +79,26 @@ class Piece:
         if self.tensor.ndim != 1:
             raise CheckpointError(f"{what}: a piece is 1-D, not {tuple(self.tensor.shape)}")
         check_region(self.region, self.full_shape, what)
+
+    @classmethod
+    def of(
+        cls, spec: ShardSpec, kind: str, tensor: torch.Tensor, *, flat_start: int = 0, owned: bool = True
+    ) -> "Piece":
+        """The piece of a flat range of what a rank holds by a spec, without the padding in it.
+
+        Rows of padding are the last ones of a rank, so what counts is the front of the flat tensor.
+        """
+        size = math.prod(spec.box_shape)
+        return cls(
+            name=spec.name,
+            kind=kind,
+            full_shape=spec.full_shape,
+            box_start=spec.box_start,
+            box_shape=spec.box_shape,
+            flat_start=min(flat_start, size),
+            tensor=tensor[: max(0, size - flat_start)],
+            owned=owned,
+        )
 
     @property
     def region(self) -> Region:

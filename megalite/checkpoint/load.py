@@ -33,6 +33,8 @@ from megalite.config.run import RunConfig
 
 # Which checkpoint
 
+PLACES = "RUN_DIR/checkpoints, RUN_DIR or one step's folder"  # where a checkpoint may be named
+
 
 def find_checkpoint(
     path: Path,
@@ -44,8 +46,8 @@ def find_checkpoint(
 ) -> Path | None:
     """The newest valid checkpoint at `path`: every file of its manifest there, with its size and sha256.
 
-    path: RUN_DIR/checkpoints, where damaged ones are skipped (`report` gets a line that says which and why);
-        or one step folder, which must be valid.
+    path: RUN_DIR/checkpoints or RUN_DIR, where damaged ones are skipped (`report` gets a line that says which
+        and why); or one step folder, which must be valid.
     rank, world_size, gather: many ranks share out the checksums among them, and all get the same answer.
 
     None when there is no checkpoint at all. Raises CheckpointError when there are some and none is valid:
@@ -72,17 +74,35 @@ def find_checkpoint(
     return None
 
 
-def require_checkpoint(path: Path, report: Callable[[str], None] = print) -> Path:
-    """What `find_checkpoint` finds, in one process. Raises CheckpointError when there is no checkpoint."""
-    checkpoint = find_checkpoint(path, report)
-    if checkpoint is None:
-        raise CheckpointError(f"no checkpoint in {path}: expected RUN_DIR/checkpoints")
-    return checkpoint
+def require_checkpoint(
+    path: Path,
+    report: Callable[[str], None] = print,
+    *,
+    setting: str = "",
+    rank: int = 0,
+    world_size: int = 1,
+    gather: Gather = alone,
+) -> Path:
+    """What `find_checkpoint` finds. Raises CheckpointError when there is none.
+
+    setting: that names the path, to be told with the mistake.
+    """
+    checkpoint = find_checkpoint(path, report, rank=rank, world_size=world_size, gather=gather)
+    if checkpoint is not None:
+        return checkpoint
+    where = f"{setting}: " if setting else ""
+    if (Path(path) / "config.json").exists():
+        raise CheckpointError(
+            f"{where}{path} is a Hugging Face folder: make a checkpoint of it first, with "
+            "tools/convert_from_hf.py"
+        )
+    raise CheckpointError(f"{where}no checkpoint in {path}: expected {PLACES}")
 
 
 def _candidates(path: Path) -> list[Path]:
     if folder_step(path) is None:
-        return [step_folder(path, step) for step in reversed(list_steps(path))]
+        root = path if list_steps(path) else path / "checkpoints"
+        return [step_folder(root, step) for step in reversed(list_steps(root))]
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint {path}")
     return [path]

@@ -148,7 +148,7 @@ class CheckpointConfig(Section):
     resume: bool = Field(True, description="Whether to continue from the newest complete checkpoint.")
     start_from: str | None = Field(
         None,
-        description="Checkpoint (RUN_DIR/checkpoints, or a step in it) or Hugging Face folder, with whose "
+        description="Checkpoint (RUN_DIR, its checkpoints or one step) or Hugging Face folder with whose "
         "weights a run begins that has no checkpoint of its own; null means random weights.",
     )
     keep_last: NonNegativeInt = Field(2, description="Number of newest checkpoints to keep; 0 means all.")
@@ -216,7 +216,7 @@ class RunConfig(Section):
                 f"{processes} cannot be divided into tp_size {tp_size} x pp_size {pp_size}: "
                 f"start a multiple of {tp_size * pp_size}, or change parallel.tp_size or parallel.pp_size"
             )
-        self._check_tensor_parallel(tp_size)
+        self.check_tensor_parallel(tp_size)
         self._check_experts(world_size // (tp_size * pp_size))
         self._check_sequence(tp_size)
         layers = self.model.num_hidden_layers
@@ -227,7 +227,8 @@ class RunConfig(Section):
             )
         return world_size // (tp_size * pp_size)
 
-    def _check_tensor_parallel(self, tp_size: int) -> None:
+    def check_tensor_parallel(self, tp_size: int) -> None:
+        """ConfigError where the model's layers cannot be cut over so many ranks."""
         heads, kv_heads = self.model.num_attention_heads, self.model.num_key_value_heads
         sizes = {"num_attention_heads": heads, "intermediate_size": self.model.intermediate_size}
         sizes |= {"moe_intermediate_size": self.model.moe_intermediate_size or 0}

@@ -97,6 +97,9 @@ def _load_hugging_face(file: Path, eos_token: str | None) -> Tokenizer:
         reason = str(error).splitlines()[0]
         raise TokenizerError(f"{file}: not a tokenizer.json that tokenizers reads: {reason}") from error
     config = read_config(file.with_name("tokenizer_config.json"))
+    template = file.with_name("chat_template.jinja")  # where transformers 5 writes it
+    if template.is_file():
+        config["chat_template"] = template.read_text(encoding="utf-8")
     check_added_tokens(file, backend, config)
     named = eos_token or token_text(config.get("eos_token")) or _known_eos_token(backend)
     return HuggingFaceTokenizer(backend, str(file), named, config)

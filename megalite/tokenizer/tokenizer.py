@@ -10,6 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from megalite.files import write_text
+from megalite.tokenizer.chat import render_chat
 from megalite.tokenizer.error import TokenizerError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -61,6 +62,13 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Token ids of one text."""
         return self.encode_batch([text])[0]
+
+    def chat_prompt(self, message: str) -> str:
+        """The text that a chat model continues with its answer to a user's message.
+
+        Raises TokenizerError when there is no chat template, or it does not take such a message.
+        """
+        raise TokenizerError(f"{self.name} has no chat template: name a tokenizer that has one (--tokenizer)")
 
     @property
     def eos_token_id(self) -> int:
@@ -121,6 +129,12 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def to_backend(self) -> Backend:
         return self._backend
+
+    def chat_prompt(self, message: str) -> str:
+        if not self._config.get("chat_template"):
+            return super().chat_prompt(message)
+        config = self.special_tokens() | {"eos_token": self.eos_token}
+        return render_chat(self.name, self._backend, config, message)
 
     def _content(self) -> bytes:
         return self._backend.to_str().encode()

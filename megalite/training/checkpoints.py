@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.checkpoint.format import CheckpointError, Piece, folder_step
-from megalite.checkpoint.load import find_checkpoint, load_pieces, read_config, read_state
+from megalite.checkpoint.load import find_checkpoint, load_pieces, read_config, read_state, require_checkpoint
 from megalite.checkpoint.save import save_checkpoint
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.load import dump_run
@@ -67,11 +66,13 @@ class Checkpoints:
         return find_checkpoint(path, self.report, rank=self.rank, world_size=self.world_size, gather=gather)
 
     def _find_start(self, path: Path) -> Path:
-        folder = self._find(path)
-        if folder is not None:
-            return folder
-        raise CheckpointError(
-            f"checkpoint.start_from {path} holds no checkpoint: expected RUN_DIR/checkpoints, or a step in it"
+        return require_checkpoint(
+            path,
+            self.report,
+            setting="checkpoint.start_from",
+            rank=self.rank,
+            world_size=self.world_size,
+            gather=gather,
         )
 
     def _continue(self, engine: StageEngine, folder: Path) -> int:
@@ -138,18 +139,19 @@ def live_pieces(engine: StageEngine) -> Iterator[Piece]:
     for part, state in _masters(engine):
         spec = spec_of(part.parameter)
         owned = spec.is_owner and (stage > 0 or is_first(spec, context))
-        yield _piece(spec, "weight", part.start, part.view(part.flat), owned)
+        yield Piece.of(spec, "weight", part.view(part.flat), flat_start=part.start, owned=owned)
         for kind in engine.recipe.kinds:
-            yield _piece(spec, kind, part.start, part.view(state[kind]), owned)
+            yield Piece.of(spec, kind, part.view(state[kind]), flat_start=part.start, owned=owned)
     for parameter in engine.module.parameters():
         spec = spec_of(parameter)
         start, weight = local_weight(optimizer, parameter, context[spec.averaged_over].rank)
         frozen = not parameter.requires_grad
         owned = frozen and spec.is_owner and (stage == 3 or is_first(spec, context))
-        yield _piece(spec, "weight", start, weight, owned)
+        yield Piece.of(spec, "weight", weight, flat_start=start, owned=owned)
     for buffer in state_buffers(engine.module):
         spec = spec_of(buffer)
-        yield _piece(spec, "buffer", 0, buffer.view(-1), spec.is_owner and is_first(spec, context))
+        owned = spec.is_owner and is_first(spec, context)
+        yield Piece.of(spec, "buffer", buffer.view(-1), owned=owned)
 
 
 def is_first(spec: ShardSpec, context: ParallelContext) -> bool:
@@ -164,21 +166,6 @@ def _masters(engine: StageEngine) -> Iterator[tuple[MasterSlice, dict[str, torch
         data_rank = engine.context[spec_of(parameter).averaged_over].rank
         for part in master_slices(engine.optimizer, [parameter], data_rank):
             yield part, engine.recipe.state_of(inner, part.flat)
-
-
-def _piece(spec: ShardSpec, kind: str, start: int, tensor: torch.Tensor, owned: bool) -> Piece:
-    """Rows of padding are the last ones of a rank, so what counts is the front of the flat tensor."""
-    size = prod(spec.box_shape)
-    return Piece(
-        name=spec.name,
-        kind=kind,
-        full_shape=spec.full_shape,
-        box_start=spec.box_start,
-        box_shape=spec.box_shape,
-        flat_start=min(start, size),
-        tensor=tensor[: max(0, size - start)],
-        owned=owned,
-    )
 
 
 def _optimizer_steps(engine: StageEngine) -> int:

@@ -52,6 +52,11 @@ class Environment:
         )
 
 
+def is_one_of_many() -> bool:
+    """Whether a launcher has started this process as one of several."""
+    return os.environ.get("WORLD_SIZE", "1") != "1"
+
+
 def choose_cpu_accelerator() -> None:
     """Tell DeepSpeed, before it is imported, that there is no GPU to look for."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

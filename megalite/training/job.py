@@ -1,14 +1,11 @@
 """A pre-training job, from its configuration to its last checkpoint, on one of its ranks."""
 
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.run import RunConfig
@@ -16,7 +13,6 @@ from megalite.data.corpus import prepare_default_data
 from megalite.data.datasets import Datasets
 from megalite.data.fingerprint import describe_data
 from megalite.data.loader import Batches, BatchLoader, PreparedBatches, check_vocabulary
-from megalite.error import UserError, told_to_users
 from megalite.measure.hardware import peak_flops_per_second
 from megalite.measure.metrics import Metrics, Workload
 from megalite.measure.progress import Progress
@@ -27,77 +23,25 @@ from megalite.parallel.context import ParallelContext
 from megalite.tokenizer.load import load_tokenizer
 from megalite.training.checkpoints import Checkpoints
 from megalite.training.engine import TORCH_DTYPES, initialize_communication
-from megalite.training.environment import Environment, cpu_is_chosen, threads_are_set
+from megalite.training.environment import Environment
 from megalite.training.loop import Data, train
 from megalite.training.output import make_folder, write_configs
+from megalite.training.processes import run_job
 from megalite.training.samples import build_samples, open_cache, token_files
 from megalite.training.trainer import StageTrainer, build_context
 from megalite.training.world import JobError, gather, on_rank_0
-from megalite.watch.liveness import Liveness
-from megalite.watch.server import leave
 
 DEFAULT_CORPUS_BYTES = 8 << 20
-DEATH_SECONDS = 1.0  # in which a rank's death is known to all
 
 
 def pretrain(run: RunConfig, deepspeed: DeepSpeedConfig, environment: Environment) -> None:
     """Train `run` to its last step; called by every rank. An error on one rank ends the job on all."""
-    with processes(environment) as (device, liveness):
-        try:
-            initialize_communication()
-            _pretrain(run, deepspeed, environment, device)
-        except Exception as error:
-            line = told_to_users(error)
-            if line is None:
-                time.sleep(DEATH_SECONDS)  # a rank that died breaks our connections: then we end here
-                sys.excepthook(type(error), error, error.__traceback__)  # ours to mend: show where
-            liveness.failed(line or f"{type(error).__name__}: {error}")
 
+    def job(device: torch.device) -> None:
+        initialize_communication()
+        _pretrain(run, deepspeed, environment, device)
 
-@contextmanager
-def processes(environment: Environment) -> Iterator[tuple[torch.device, Liveness]]:
-    """The process group of all ranks, watched: a rank that dies ends the job, with its name."""
-    try:
-        device = _choose_device(environment)
-        liveness = _meet(environment, device)
-    except dist.DistNetworkError as error:
-        where = f"{environment.master_addr}:{environment.master_port}"
-        reason = str(error).rpartition("message: ")[2]
-        leave(
-            f"ranks cannot meet at {where}: {reason}: choose another MASTER_PORT (deepspeed --master_port N)"
-        )
-    except UserError as error:
-        leave(str(error))
-    yield device, liveness
-    dist.barrier()
-    liveness.close()
-    dist.destroy_process_group()
-
-
-def _meet(environment: Environment, device: torch.device) -> Liveness:
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-
-    def publish(address: str | None) -> str:
-        box = [address]
-        dist.broadcast_object_list(box, src=0, device=device)
-        assert box[0] is not None
-        return box[0]
-
-    return Liveness.start(environment.rank, environment.world_size, publish, host=environment.master_addr)
-
-
-def _choose_device(environment: Environment) -> torch.device:
-    if torch.cuda.is_available() and not cpu_is_chosen():
-        if environment.local_rank >= torch.cuda.device_count():
-            raise JobError(
-                f"local rank {environment.local_rank} of this node has no GPU, there are "
-                f"{torch.cuda.device_count()}: start as many processes, or set DS_ACCELERATOR=cpu"
-            )
-        torch.cuda.set_device(environment.local_rank)
-        return torch.device("cuda", environment.local_rank)
-    if not threads_are_set():
-        torch.set_num_threads(max(1, torch.get_num_threads() // environment.local_world_size))
-    return torch.device("cpu")
+    run_job(environment, job)
 
 
 def _pretrain(

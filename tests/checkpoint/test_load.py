@@ -12,7 +12,14 @@ from safetensors.torch import load_file
 
 from megalite.checkpoint import load
 from megalite.checkpoint.format import CheckpointError, Piece
-from megalite.checkpoint.load import TensorReader, find_checkpoint, load_pieces, read_tensor
+from megalite.checkpoint.load import (
+    PLACES,
+    TensorReader,
+    find_checkpoint,
+    load_pieces,
+    read_tensor,
+    require_checkpoint,
+)
 from tests.checkpoint.test_reshard import SHAPES, borders
 from tests.checkpoint.worlds import Cut, alone, blank, cut_all, even_cut, run_world, same_bits, save_world
 
@@ -304,6 +311,20 @@ def test_no_checkpoint_is_none_and_only_damaged_ones_are_an_error(tmp_path):
     truncate(saved(tmp_path) / "state.json")
     with pytest.raises(CheckpointError, match=r"no valid checkpoint .* step-00000001: state.json has"):
         find_checkpoint(tmp_path, report=lambda line: None)
+
+
+def test_a_run_folder_its_checkpoints_and_a_step_name_the_same_checkpoint(tmp_path):
+    newest = [saved(tmp_path / "checkpoints", step=step) for step in (1, 2)][-1]
+    for path in (tmp_path, tmp_path / "checkpoints", newest):
+        assert require_checkpoint(path, report=pytest.fail) == newest
+
+
+def test_a_path_without_a_checkpoint_is_told_with_what_may_be_named(tmp_path):
+    with pytest.raises(CheckpointError, match=rf"^no checkpoint in {tmp_path}: expected {PLACES}$"):
+        require_checkpoint(tmp_path)
+    (tmp_path / "config.json").touch()
+    with pytest.raises(CheckpointError, match=r"^here: .* is a Hugging Face folder: make a checkpoint of it"):
+        require_checkpoint(tmp_path, setting="here")
 
 
 def test_a_manifest_that_still_reads_well_but_was_changed_is_noticed(tmp_path):

@@ -191,7 +191,7 @@ def test_a_start_that_does_not_fit_is_refused_in_one_line(imported, tmp_path):
         (Case(), experts, "has no weight model.layers.1.mlp.gate_proj.weight"),
         (Case(model_kind="experts"), dense, "holds weight per tensor and this run has buffer, weight"),
         (Case(tied=True), dense, "has 1 tensors that this model has not, weight lm_head.weight"),
-        (Case(), str(tmp_path / "absent"), "absent holds no checkpoint: expected RUN_DIR/checkpoints"),
+        (Case(), str(tmp_path / "absent"), "checkpoint.start_from: no checkpoint in "),
         (Case(), str(tmp_path / "step-00000007"), "there is no checkpoint "),
     ]
     attempts = [(case, start_from) for case, start_from, _ in expected]
