@@ -1,5 +1,6 @@
 """The model of a checkpoint in the memory of one process: megalite's own, or transformers'."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,3 +44,13 @@ def build_transformers_model(weights: Weights) -> Any:
     config = model_class.config_class.from_dict(fields)
     state = {name: weights.read(name) for name in weights.parts}
     return model_class.from_pretrained(None, config=config, state_dict=state, dtype=DTYPES[weights.dtype])
+
+
+def read_transformers_model(folder: Path, dtype: str) -> Any:
+    """transformers' model of a Hugging Face folder. Nothing in the folder is executed, and nothing fetched.
+
+    dtype: to round weights to: a key of DTYPES.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True)
