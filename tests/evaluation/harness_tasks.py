@@ -4,7 +4,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-TEXTS = ["né is a name", "if x: return y", "def f(x):", "the file", "a b c d e", "1 + 1 = 2", "tiny", "ab" * 60]
+TEXTS = [
+    "né is a name",
+    "if x: return y",
+    "def f(x):",
+    "the file",
+    "a b c d e",
+    "1 + 1 = 2",
+    "tiny",
+    "ab" * 60,
+]
 CHOICE = """\
 task: tiny_choice
 output_type: multiple_choice

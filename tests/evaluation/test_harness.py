@@ -1,4 +1,4 @@
-"""The harness on a checkpoint against its own way to read the checkpoint's export: the same numbers, exactly."""
+"""The harness on a checkpoint, against its own `hf` model on the export: the same numbers, exactly."""
 
 import re
 import sys
@@ -26,11 +26,12 @@ def lm_eval():
 
 @pytest.fixture
 def local_tasks_only(monkeypatch, lm_eval):
-    """Leave out the harness's own tasks, whose thousands of files take seconds to read."""
+    """Leave out what takes seconds: the harness's own thousands of tasks, and a report on the machine."""
     import lm_eval.tasks
 
     local = partial(lm_eval.tasks.TaskManager, include_defaults=False)
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", local)
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
 class Place:
@@ -119,11 +120,15 @@ def test_an_exported_folder_is_evaluated_and_its_table_printed(place, capsys, tm
     of_checkpoint = place.numbers("--tasks", "tiny")
     capsys.readouterr()
     output = tmp_path / "new" / "e.json"
-    assert place.evaluate("--checkpoint", str(place.exported), "--tasks", "tiny", "--output", str(output)) == 0
+    assert (
+        place.evaluate("--checkpoint", str(place.exported), "--tasks", "tiny", "--output", str(output)) == 0
+    )
     record = Evaluation.read(output)
     assert {(row.task, row.metric): row.value for row in record.measurements} == of_checkpoint
     lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"\| task +\| few-shot \| metric +\| value +\| standard error \| samples \|", lines[0])
+    assert re.fullmatch(
+        r"\| task +\| few-shot \| metric +\| value +\| standard error \| samples \|", lines[0]
+    )
     assert len(lines) == 2 + len(record.measurements)
     assert lines[2].split(" | ")[2].strip() == "acc"
 
@@ -149,7 +154,8 @@ def test_data_that_is_not_here_is_one_line(place, capsys):
 
 
 def test_without_the_harness_one_line_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    for module in ("lm_eval", "lm_eval.tasks"):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(EvaluationError, match=r"found nothing: pip install 'megalite\[eval\]'$"):
         Harness(["tiny"])
 

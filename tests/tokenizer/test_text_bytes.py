@@ -16,7 +16,7 @@ def test_the_bytes_of_ids_sum_to_the_bytes_of_the_text(tmp_path, kind):
     assert len(ids) < len(TEXT.encode())
     assert counts[ids].sum() == len(TEXT.encode())
     assert counts[tokenizer.eos_token_id] == 0
-    assert counts.shape == (300,) and (counts[290:] == 0).all()
+    assert len(counts) == tokenizer.vocab_size + 10 and not counts[-10:].any()
 
 
 def test_a_tokenizer_of_another_kind_does_not_tell(tmp_path):
