@@ -133,6 +133,12 @@ def test_an_exported_folder_is_evaluated_and_its_table_printed(place, capsys, tm
     assert lines[2].split(" | ")[2].strip() == "acc"
 
 
+def folders_of_reference(lm_eval) -> list[Path]:
+    """Where the harness has the tasks of megalite_reference."""
+    names = ("arc", "hellaswag", "mmlu/default", "truthfulqa", "winogrande", "wikitext")
+    return [Path(lm_eval.__file__).parent / "tasks" / name for name in names]
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -148,9 +154,11 @@ def test_a_mistake_is_one_line(place, capsys, extra, message):
     assert len(lines) == 1 and message in lines[0]
 
 
-def test_data_that_is_not_here_is_one_line(place, capsys):
-    assert place.evaluate("--tasks", "megalite_reference") == 2
-    assert "error: --tasks: the data of megalite_reference cannot be had: " in capsys.readouterr().err
+@pytest.mark.usefixtures("local_tasks_only")
+def test_data_that_is_not_here_is_one_line(lm_eval):
+    with pytest.raises(EvaluationError, match="the data of megalite_reference cannot be had: ") as stop:
+        Harness(["megalite_reference"], [*folders_of_reference(lm_eval), evaluate.TASK_FOLDER])
+    assert "\n" not in str(stop.value)
 
 
 def test_without_the_harness_one_line_says_how_to_get_it(monkeypatch):
@@ -169,4 +177,6 @@ def test_the_reference_group_has_the_few_shot_counts_of_the_open_llm_leaderboard
     assert counts == {task: n for task, n in expected.items() if task != "gsm8k"} | {"wikitext": 0}
     from lm_eval.tasks import TaskManager
 
-    assert {row["task"] for row in ours["task"]} <= set(TaskManager().all_tasks)
+    folders = [str(folder) for folder in folders_of_reference(lm_eval)]
+    known = TaskManager(include_path=folders, include_defaults=False).all_tasks
+    assert {row["task"] for row in ours["task"]} <= set(known)
