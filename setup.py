@@ -10,6 +10,7 @@ from setuptools import find_packages, setup
 README = Path(__file__).parent / "README.md"
 
 PLOT = ["matplotlib>=3.8"]
+EVAL = ["lm_eval~=0.4.13", "accelerate>=0.26"]
 DEV = [
     "hypothesis>=6.100",
     # referee of the data tests, where there is a wheel
@@ -50,6 +51,7 @@ setup(
     ],
     extras_require={
         "plot": PLOT,  # loss curves and benchmark figures
-        "dev": PLOT + DEV,
+        "eval": EVAL,  # tools/evaluate.py --tasks
+        "dev": PLOT + EVAL + DEV,
     },
 )

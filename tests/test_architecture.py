@@ -21,6 +21,7 @@ ROOMS = {
     "checkpoint": {"model", "parallel", "config"},
     "watch": set(),
     "measure": {"model", "parallel", "config"},
+    "evaluation": {"checkpoint", "measure", "tokenizer", "data", "model", "parallel", "config"},
     "training": {
         "measure",
         "watch",
@@ -37,10 +38,12 @@ ROOMS = {
 # Foreign systems come in by one door each: module -> where it may be imported.
 DOORS = {
     "deepspeed": ["training/engine.py"],
+    "lm_eval": ["evaluation/harness.py"],
     "transformers": ["tokenizer/", "checkpoint/"],
     "torch": [
         "checkpoint/",
         "data/",
+        "evaluation/",
         "measure/",
         "model/",
         "optimizer/",
@@ -150,6 +153,7 @@ def test_a_launcher_stays_under_eighty_lines(path):
         ("config/run.py", "import torch"),
         ("training/loop.py", "import deepspeed"),
         ("training/loop.py", "from deepspeed.runtime import engine"),
+        ("evaluation/perplexity.py", "import lm_eval"),
         ("model/llama.py", "import os\nos.environ['RANK']"),
         ("model/llama.py", "import os\nos.getenv('RANK')"),
         ("model/llama.py", "from os import environ"),

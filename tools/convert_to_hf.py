@@ -15,6 +15,8 @@ from megalite.checkpoint.verification import verify_export
 from megalite.checkpoint.weights import DTYPES, Weights
 from megalite.config.model import ModelConfig
 from megalite.error import run_command
+from megalite.evaluation.card import CARD_FILE, format_card
+from megalite.files import write_text
 from megalite.model.flops import num_parameters
 from megalite.tokenizer.error import TokenizerError
 from megalite.tokenizer.load import load_tokenizer
@@ -71,13 +73,14 @@ def convert(arguments: argparse.Namespace) -> int:
     run = read_config(checkpoint)
     tokenizer = open_tokenizer(arguments.tokenizer or run.data.tokenizer, run.model)
     weights = Weights(checkpoint, with_end_of_text(run.model, tokenizer), arguments.dtype)
+    card = format_card(weights)
     num_elements = num_parameters(weights.model)
     with tqdm(total=weights.size_bytes, unit="B", unit_scale=True, desc="writing") as bar:
         export(
             weights,
             arguments.output,
             max_shard_bytes=arguments.max_shard_size,
-            add_files=partial(save_tokenizer, tokenizer, run.model),
+            add_files=partial(save_texts, card, tokenizer, run.model),
             progress=bar.update,
         )
     print(f"wrote {num_elements:,} parameters of {checkpoint} to {arguments.output}")
@@ -100,7 +103,9 @@ def open_tokenizer(name: str | None, model: ModelConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer | None, model: ModelConfig, folder: Path) -> None:
+def save_texts(card: str, tokenizer: Tokenizer | None, model: ModelConfig, folder: Path) -> None:
+    """Put the model card, and the tokenizer if there is one, into an export."""
+    write_text(folder / CARD_FILE, card)
     if tokenizer is not None:
         tokenizer.save(folder, model.max_position_embeddings)
 

@@ -85,6 +85,16 @@ def build_transformers_model(weights: Weights) -> Any:
     return model_class.from_pretrained(None, config=config, state_dict=state, dtype=DTYPES[weights.dtype])
 
 
+def read_transformers_model(folder: Path, dtype: str) -> Any:
+    """transformers' model of a Hugging Face folder. Nothing in the folder is executed, and nothing fetched.
+
+    dtype: to round weights to: a key of DTYPES.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], local_files_only=True)
+
+
 def load(
     checkpoint: str | Path, *, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
 ) -> Any:
