@@ -1,8 +1,8 @@
 """tools/convert_from_hf.py and tools/convert_to_hf.py, each a process of its own, its start in the time and
 the comparison at the end left out, against a plain copy of the files that it reads, synced. MB are of those
 files: a folder in bf16 is imported into a checkpoint in fp32, twice as large, and that is exported again. The
-folder is Llama 2's 7B with as many of its 32 layers as a third of the free disk has room for, in a sparse file
-of zeros. Memory is the converter's own at its peak, without the files that it maps.
+folder is Llama 2's 7B with as many of its 32 layers as a third of the free disk has room for, in a sparse
+file of zeros. Memory is the converter's own at its peak, without the files that it maps.
 """
 
 import json
