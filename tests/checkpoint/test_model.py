@@ -8,6 +8,8 @@ import torch
 
 import megalite
 from megalite.checkpoint.format import CheckpointError
+from megalite.checkpoint.model import load_stage
+from megalite.parallel.plan import LayerPlan
 from tests.checkpoint.llamas import logits, random_llama, save_llama, tiny_run
 
 
@@ -58,3 +60,14 @@ def test_importing_megalite_imports_neither_torch_nor_transformers():
     code = "import sys, megalite; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "[]\n"
+
+
+def test_a_stage_refuses_a_dtype_that_a_weight_reaches_beyond(tmp_path):
+    run = tiny_run()
+    llama = random_llama(run.model)
+    with torch.no_grad():
+        llama.lm_head.weight[3, 3] = 1e6
+    step = save_llama(tmp_path, llama, run)
+    with pytest.raises(CheckpointError, match=r"weight lm_head.weight reaches beyond torch.float16: use flo"):
+        load_stage(step, run.model, LayerPlan(dtype=torch.float16))
+    load_stage(step, run.model, LayerPlan(dtype=torch.bfloat16))
