@@ -121,7 +121,7 @@ def curves_of_world(world_size: int, model_kind: str = "dense") -> dict[Case, li
     """Each rank's curve of every case of a kind that needs so many ranks, which are started once."""
     every = CASES + EXPERT_CASES + NORM_CASES + BF16_CASES
     cases = [case for case in every if (case.world_size, case.model_kind) == (world_size, model_kind)]
-    by_rank = run_distributed(run_cases, world_size, cases, timeout_seconds=280)
+    by_rank = run_distributed(run_cases, world_size, cases, timeout_seconds=600)
     return {case: [curves[i] for curves in by_rank] for i, case in enumerate(cases)}
 
 

@@ -80,7 +80,7 @@ def trace_of(case: Case, fault: Fault | None = None) -> Trace:
 
 def traces_of_world(world_size: int, runs: list[tuple[Case, Fault | None]]) -> list[Trace]:
     """The same of several layouts that need as many ranks, which are started once."""
-    return run_distributed(_trace_rank, world_size, runs, timeout_seconds=280)[0]
+    return run_distributed(_trace_rank, world_size, runs, timeout_seconds=600)[0]
 
 
 def reference_trace(case: Case, seed: int = SEED) -> Trace:

@@ -232,7 +232,7 @@ FAULTY = [Layout(ep=2, recompute="full", fault=fault) for fault in FAULTS if fau
 def departure_of():
     wanted = {kind: reference(Layout(model_kind=kind).model) for kind in ("experts", "softmax")}
     layouts = LAYOUTS + LIKE_QUANTILES + FAULTY
-    found = run_distributed(departures, 4, layouts, wanted, timeout_seconds=280)
+    found = run_distributed(departures, 4, layouts, wanted, timeout_seconds=600)
     return {layout: [of_rank[i] for of_rank in found] for i, layout in enumerate(layouts)}
 
 
