@@ -116,12 +116,23 @@ def expected(case: Case) -> Curve:
     return expected_of(Case(**{name: getattr(case, name) for name in same}))
 
 
-@cache
 def curves_of_world(world_size: int, model_kind: str = "dense") -> dict[Case, list[Curve]]:
     """Each rank's curve of every case of a kind that needs so many ranks, which are started once."""
+    outcome = outcome_of_world(world_size, model_kind)
+    if isinstance(outcome, AssertionError):
+        raise outcome
+    return outcome
+
+
+@cache
+def outcome_of_world(world_size: int, model_kind: str) -> dict[Case, list[Curve]] | AssertionError:
+    """The curves, or what went wrong: a world that failed is not started again for each of its cases."""
     every = CASES + EXPERT_CASES + NORM_CASES + BF16_CASES
     cases = [case for case in every if (case.world_size, case.model_kind) == (world_size, model_kind)]
-    by_rank = run_distributed(run_cases, world_size, cases, timeout_seconds=600)
+    try:
+        by_rank = run_distributed(run_cases, world_size, cases, timeout_seconds=600)
+    except AssertionError as error:
+        return error
     return {case: [curves[i] for curves in by_rank] for i, case in enumerate(cases)}
 
 
