@@ -1,0 +1,40 @@
+"""What fine-tuning and preference tuning add to a run."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megalite.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
+
+
+class LoraConfig(Section):
+    """Low-rank adapters of frozen linear layers, W + scale B A (LoRA: Hu 2021, arXiv 2106.09685)."""
+
+    rank: NonNegativeInt = Field(
+        0, description="Rank of the adapters; 0 means none, all weights are trained."
+    )
+    alpha: PositiveFloat = Field(16.0, description="Scale of the adapters, over rank.")
+    rank_stabilized: bool = Field(
+        False, description="Whether the scale is alpha over the root of the rank (arXiv 2312.03732)."
+    )
+    targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        description="Linear layers that have an adapter, by the last part of their names.",
+    )
+    start_from: str | None = Field(
+        None, description="Folder with an adapter in the format of PEFT, to begin with; null means a new one."
+    )
+
+
+class PreferenceConfig(Section):
+    """How pairs of answers, a chosen and a rejected one, become a loss."""
+
+    loss: Literal["dpo", "simpo"] = Field(
+        "dpo",
+        description="DPO against the weights that the run starts with (arXiv 2305.18290), or SimPO, with "
+        "mean log-probabilities and no reference (arXiv 2405.14734).",
+    )
+    beta: PositiveFloat = Field(0.1, description="Scale of the log-probabilities within the loss.")
+    margin: NonNegativeFloat = Field(
+        0.0, description="SimPO: by how much a chosen answer's reward is to exceed a rejected one's."
+    )
