@@ -16,7 +16,7 @@ from megalite.model.flops import num_parameters
 EPILOG = """\
 The checkpoint is of step 0 and holds weights alone. A run begins with it under checkpoint.start_from, in any
 layout, and its config.yaml states the model for --config; tools/generate.py continues prompts with it. No GPU
-is needed. Memory: one tensor, of experts one; the comparison with transformers at the end holds the model
+is needed. Memory: two tensors, of experts two; the comparison with transformers at the end holds the model
 twice, in float32.
 
 example:

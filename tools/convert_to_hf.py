@@ -24,7 +24,7 @@ from megalite.tokenizer.tokenizer import Tokenizer
 
 EPILOG = """\
 The folder loads with AutoModelForCausalLM and AutoTokenizer of transformers 4 and 5. No GPU is needed, and
-the checkpoint may come from any number of processes. Memory: one tensor, of experts one; the comparison with
+the checkpoint may come from any number of processes. Memory: two tensors, of experts two; the comparison with
 transformers at the end holds the model twice, in float32.
 
 example:

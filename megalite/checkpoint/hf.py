@@ -18,7 +18,7 @@ from megalite.checkpoint.format import CONFIG, CheckpointError, Piece, list_step
 from megalite.checkpoint.hf_config import hf_config
 from megalite.checkpoint.hf_folder import CONFIG_FILE, INDEX, WEIGHTS, HFFolder
 from megalite.checkpoint.save import save_checkpoint
-from megalite.checkpoint.tensor_file import Entry, write_tensor_file, write_text_file
+from megalite.checkpoint.tensor_file import Entry, write_plain_tensor_file, write_text_file
 from megalite.checkpoint.weights import Part, Weights, model_parts
 from megalite.config.load import dump_run
 from megalite.config.run import RunConfig
@@ -37,7 +37,7 @@ def export(
 ) -> Path:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
-    Memory: one tensor, of a stack one entry.
+    Memory: two tensors, of a stack two entries.
 
     add_files: called with the folder before it gets its final name, to put a tokenizer into it.
     progress:  called with the bytes of each tensor when it is about to be written.
@@ -74,12 +74,12 @@ def _write_shards(folder: Path, entries: list[Entry], max_shard_bytes: int) -> N
     """One file, or several and their index when the tensors do not fit into one."""
     shards = list(_shards(entries, max_shard_bytes))
     if len(shards) == 1:
-        write_tensor_file(folder / WEIGHTS, shards[0], {"format": "pt"})
+        write_plain_tensor_file(folder / WEIGHTS, shards[0], {"format": "pt"})
         return
     weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards, start=1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_tensor_file(folder / file, shard, {"format": "pt"})
+        write_plain_tensor_file(folder / file, shard, {"format": "pt"})
         weight_map |= {entry.key: file for entry in shard}
     total = sum(entry.size_bytes for entry in entries)
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -114,7 +114,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def import_folder(folder: HFFolder, root: Path, run: RunConfig) -> Path:
     """Write the checkpoint of step 0 under `root`: weights and routers' biases, nothing of an optimizer.
 
-    run: goes into it; its model is the folder's. Memory: one tensor, of a stack one entry.
+    run: goes into it; its model is the folder's. Memory: two tensors.
 
     Raises CheckpointError when there are checkpoints already or the folder does not hold the model's tensors.
     """

@@ -1,6 +1,7 @@
 """Find the newest valid checkpoint, and fill live tensors from it, whatever layout wrote it."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from megalite.checkpoint.agreement import Gather, alone, on_all_ranks
 from megalite.checkpoint.format import (
     CONFIG,
     STATE,
-    STORED_DTYPE,
+    WIDEST_DTYPE,
     CheckpointError,
     Manifest,
     Piece,
@@ -192,11 +193,24 @@ class TensorReader:
         shape = self._shape(kind, name)
         return self.read_box(kind, name, (0,) * len(shape), shape)
 
-    def read_box(self, kind: str, name: str, start: Shape, shape: Shape) -> torch.Tensor:
-        """The box [start, start + shape) of a logical tensor, float32; what lies around it is not read."""
-        box = torch.empty(shape, dtype=STORED_DTYPE)
+    def read_box(
+        self, kind: str, name: str, start: Shape, shape: Shape, dtype: torch.dtype = WIDEST_DTYPE
+    ) -> torch.Tensor:
+        """The box [start, start + shape) of a logical tensor, rounded; what lies around it is not read."""
+        mapped = self._mapped(kind, name, Region(start, shape, 0, math.prod(shape)))
+        if mapped is not None:
+            return mapped.view(shape).to(dtype)
+        box = torch.empty(shape, dtype=dtype)
         self.fill([Piece(name, kind, self._shape(kind, name), start, shape, 0, box.view(-1))])
         return box
+
+    def _mapped(self, kind: str, name: str, region: Region) -> torch.Tensor | None:
+        """A region where it lies, in its own dtype, if one file holds just that; it is read when it is used."""
+        for file in self._nearest_files(0):
+            for row in self._table(file).get((kind, name), ()):
+                if row.region == region:
+                    return self._source(file).get_tensor(row.key)
+        return None
 
     def check(self, pieces: Iterable[Piece]) -> None:
         """Raise CheckpointError unless the checkpoint has each piece's tensor in the piece's full shape."""
@@ -252,10 +266,13 @@ class TensorReader:
         found = [(i, p, table[p.kind, p.name]) for i, p in wanted if (p.kind, p.name) in table]
         if not found:
             return
+        for i, piece, rows in found:
+            yield i, sum(_copy(self._source(file), row, piece) for row in rows)
+
+    def _source(self, file: str) -> Any:
         if file not in self._sources:
             self._sources[file] = safe_open(self.checkpoint / file, framework="pt")
-        for i, piece, rows in found:
-            yield i, sum(_copy(self._sources[file], row, piece) for row in rows)
+        return self._sources[file]
 
     def _shape(self, kind: str, name: str) -> Shape:
         try:

@@ -22,7 +22,6 @@ from megalite.checkpoint.agreement import Gather, on_all_ranks
 from megalite.checkpoint.format import (
     MANIFEST,
     STATE,
-    STORED_DTYPE,
     CheckpointError,
     FileEntry,
     Manifest,
@@ -127,7 +126,7 @@ def _write_pieces(aside: Path, pieces: Sequence[Piece], rank: int) -> _Share:
 
 
 def _entry(row: PieceRow, piece: Piece) -> Entry:
-    return Entry(row.key, (row.region.size,), STORED_DTYPE, lambda: piece.tensor)
+    return Entry(row.key, (row.region.size,), piece.tensor.dtype, lambda: piece.tensor)
 
 
 def _write_texts(aside: Path, state: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, FileEntry]:

@@ -127,10 +127,10 @@ def test_a_weight_that_lives_in_few_bits_alone_survives_exactly_in_any_layout(tm
     full = torch.randn(8, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
     tensors = {("weight", "column"): full, ("weight", "norm"): torch.randn(6)}  # beside one in float32
     checkpoint = save_world(tmp_path, 1, cut_all(tensors, layout(2, 3)))
-    stored = read_tensor(checkpoint, "weight", "column")
-    assert stored.dtype == torch.float32 and stored.equal(full.float())
+    read = read_tensor(checkpoint, "weight", "column")
+    assert read.dtype == torch.float32 and read.equal(full.float())
     files = [load_file(path) for path in checkpoint.glob("*.safetensors")]
-    assert {tensor.dtype for file in files for tensor in file.values()} == {torch.float32}
+    assert {tensor.dtype for file in files for tensor in file.values()} == {dtype, torch.float32}
     expected = cut_all(tensors, layout(1, 2))
     ranks = [blank(pieces) for pieces in expected]
     run_world(2, lambda rank, gather: load_pieces(checkpoint, ranks[rank], rank=rank, gather=gather))
