@@ -37,7 +37,7 @@ def export(
 ) -> Path:
     """Write a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
-    Memory: two tensors, of a stack two entries.
+    Memory: two tensors, of a stack two entries, and blocks of 100 MB.
 
     add_files: called with the folder before it gets its final name, to put a tokenizer into it.
     progress:  called with the bytes of each tensor when it is about to be written.
@@ -114,7 +114,7 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
 def import_folder(folder: HFFolder, root: Path, run: RunConfig) -> Path:
     """Write the checkpoint of step 0 under `root`: weights and routers' biases, nothing of an optimizer.
 
-    run: goes into it; its model is the folder's. Memory: two tensors.
+    run: goes into it; its model is the folder's. Memory: 0.5 GB.
 
     Raises CheckpointError when there are checkpoints already or the folder does not hold the model's tensors.
     """
@@ -122,11 +122,15 @@ def import_folder(folder: HFFolder, root: Path, run: RunConfig) -> Path:
         raise CheckpointError(f"{root} has checkpoints already: name another output, or move them away")
     parts = list(model_parts(run.model))
     folder.check(parts)
-    pieces = [_piece(part, folder.tensors[part.name]) for part in parts]
+    pieces = [_piece(part, folder) for part in parts]
     state = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0, "optimizer_steps": 0}
     files = {CONFIG: dump_run(run)}
     return save_checkpoint(root, 0, pieces, state, files, rank=0, world_size=1, gather=alone, keep_last=0)
 
 
-def _piece(part: Part, tensor: torch.Tensor) -> Piece:
-    return Piece(part.tensor, part.kind, part.full_shape, *part.box, 0, tensor.reshape(-1))
+def _piece(part: Part, folder: HFFolder) -> Piece:
+    def read() -> torch.Tensor:
+        return folder.tensors[part.name].reshape(-1)
+
+    size_and_dtype = torch.empty_like(read(), device="meta")
+    return Piece(part.tensor, part.kind, part.full_shape, *part.box, 0, size_and_dtype, read=read)
