@@ -1,6 +1,7 @@
 """Find the newest valid checkpoint, and fill live tensors from it, whatever layout wrote it."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,11 @@ def require_checkpoint(
     raise CheckpointError(f"{where}no checkpoint in {path}: expected {PLACES}")
 
 
+def newest_checkpoint(path: Path) -> Path | None:
+    """The newest checkpoint at `path`, valid or not: no file is read. None when there is none."""
+    return next(iter(_candidates(Path(path))), None)
+
+
 def _candidates(path: Path) -> list[Path]:
     if folder_step(path) is None:
         root = path if list_steps(path) else path / "checkpoints"
@@ -193,12 +199,27 @@ class TensorReader:
         return self.read_box(kind, name, (0,) * len(shape), shape)
 
     def read_box(
-        self, kind: str, name: str, start: Shape, shape: Shape, dtype: torch.dtype = WIDEST_DTYPE
+        self, kind: str, name: str, start: Shape, shape: Shape, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        """The box [start, start + shape) of a logical tensor, rounded; what lies around it is not read."""
-        box = torch.empty(shape, dtype=dtype)
+        """The box [start, start + shape) of a logical tensor, float32; what lies around it is not read.
+
+        dtype: to round to; then the box may lie in the mapped file, to be used and not to be kept.
+        """
+        if dtype:
+            mapped = self._mapped(kind, name, Region(start, shape, 0, math.prod(shape)))
+            if mapped is not None:
+                return mapped.view(shape).to(dtype)
+        box = torch.empty(shape, dtype=dtype or WIDEST_DTYPE)
         self.fill([Piece(name, kind, self._shape(kind, name), start, shape, 0, box.view(-1))])
         return box
+
+    def _mapped(self, kind: str, name: str, region: Region) -> torch.Tensor | None:
+        """A region where it lies, in its own dtype, if one piece is just that."""
+        for file in self._nearest_files(0):
+            for row in self._table(file).get((kind, name), ()):
+                if row.region == region:
+                    return self._source(file)[row.key]
+        return None
 
     def check(self, pieces: Iterable[Piece]) -> None:
         """Raise CheckpointError unless the checkpoint has each piece's tensor in the piece's full shape."""

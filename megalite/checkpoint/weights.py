@@ -95,6 +95,8 @@ class Weights:
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor; of a stack of experts no more than this one is read.
 
+        It may lie in a mapped file: clone it to keep it longer than the checkpoint.
+
         Raises CheckpointError when it holds a number that the dtype does not reach.
         """
         part, dtype = self.parts[name], self.dtype_of(name)
