@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import NamedTuple
 
 import torch
@@ -136,10 +136,11 @@ def in_turns(name: str, source: Path, target: Path, *command: str) -> list[Measu
         print(f"{name}: cp {copies[-1]:.1f} s, {costs[-1].seconds:.1f} s", file=sys.stderr, flush=True)
     megabytes = sum(path.stat().st_size for path in source.iterdir()) / 1e6
     speeds = megabytes / median(cost.seconds for cost in costs), megabytes / median(copies)
-    ratios = sorted(copy / cost.seconds for copy, cost in zip(copies, costs, strict=True))
+    ratios = [copy / cost.seconds for copy, cost in zip(copies, costs, strict=True)]
+    low, _, high = quantiles(ratios, n=4)
     peak = max(cost.peak_bytes for cost in costs) / 1e6
     return [
-        Measurement(f"{name} of {megabytes:,.0f} MB", "MB/s", *speeds, spread=(ratios[0], ratios[-1])),
+        Measurement(f"{name} of {megabytes:,.0f} MB", "MB/s", *speeds, spread=(low, high)),
         Measurement(f"{name}, peak memory", "MB", peak, None, higher_is_better=False),
     ]
 
