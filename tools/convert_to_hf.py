@@ -20,6 +20,7 @@ from megalite.files import write_text
 from megalite.model.flops import num_parameters
 from megalite.tokenizer.error import TokenizerError
 from megalite.tokenizer.load import load_tokenizer
+from megalite.tokenizer.readback import find_misreading
 from megalite.tokenizer.tokenizer import Tokenizer
 
 EPILOG = """\
@@ -86,6 +87,8 @@ def convert(arguments: argparse.Namespace) -> int:
     print(f"wrote {num_elements:,} parameters of {checkpoint} to {arguments.output}")
     if tokenizer is None:
         print("without a tokenizer: name one with --tokenizer to add it", file=sys.stderr)
+    elif misreading := find_misreading(arguments.output, tokenizer):
+        print(f"warning: {misreading}", file=sys.stderr)
     about = f"{arguments.output} does not agree with {checkpoint}"
     return prove(lambda: verify_export(weights, arguments.output), run.model, arguments.verify, about)
 

@@ -183,8 +183,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def special_tokens(self) -> dict[str, Any]:
         """Tokens as text alone: as objects transformers 5 takes them only with their `__type`."""
-        tokens = {
-            name: token_text(self._config.get(name)) for name in ("bos_token", "pad_token", "unk_token")
-        }
-        others = {name: self._config.get(name) for name in ("chat_template", "add_prefix_space")}
-        return {name: value for name, value in (tokens | others).items() if value is not None}
+        names = ("bos_token", "pad_token", "unk_token")
+        entries = {name: token_text(self._config.get(name)) for name in names}
+        entries |= {name: self._config.get(name) for name in ("chat_template", "add_prefix_space")}
+        return {name: value for name, value in entries.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Small exported folders of every kind, made with megalite's own tools, and beside each what megalite computes.
+"""Small exported folders of every kind, made with megalite's tools, and beside each what megalite computes.
 
     FOLDER/exported/         what tools/convert_to_hf.py wrote, in bfloat16 as is its default
     FOLDER/reference.json    logits and greedy tokens in float32, and the ids of some texts
@@ -34,8 +34,8 @@ from tools import convert_to_hf, train_tokenizer
 
 TINY: dict[str, Any] = {
     "vocab_size": 512,
-    "hidden_size": 64,
-    "intermediate_size": 96,
+    "hidden_size": 128,  # heads of 32 numbers, the fewest that vLLM takes on a CPU
+    "intermediate_size": 192,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -65,7 +65,8 @@ TEXTS = [
     "It's the dogs' day; they'll say \u201cno\u201d, I'M sure, we've 3.14159 of 1234567890.",
     "two  spaces,\ttabs\tand\nlines\r\n\n  indented\n\n\n",
     " leading and trailing ",
-    "\u00e9t\u00e9 \u65e5\u672c\u8a9e \u0440\u0443\u0441\u0441\u043a\u0438\u0439 \U0001f600 e\u0301 \ufb01 \u00a0 \u3000",
+    "\u00e9t\u00e9 \u65e5\u672c\u8a9e \u0440\u0443\u0441\u0441\u043a\u0438\u0439",
+    "\U0001f600 e\u0301 \ufb01 \u00a0 \u3000",
     "Hello , world ! n't 's ----======((((()))))",
 ]
 NEW_TOKENS = 24
@@ -94,12 +95,12 @@ KINDS = {
     "dense-linear-rope": Kind({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, "lillm"),
     "dense-odd-vocabulary": Kind({"vocab_size": 509}, tokenizer_size=501),
     "dense-biases": Kind({"attention_bias": True, "mlp_bias": True}),
-    "dense-wide-heads": Kind({"head_dim": 32, "rms_norm_eps": 1e-3}, "sentencepiece-unigram"),
+    "dense-wide-heads": Kind({"head_dim": 64, "rms_norm_eps": 1e-3}, "sentencepiece-unigram"),
     "dense-begin-of-text": Kind({}, "sentencepiece-bpe", begin="<s>"),
     "dense-bytes": Kind({"vocab_size": 257}, "bytes"),
     "sharded": Kind(options=("--max-shard-size", "100KB")),
     "qwen2": Kind({"attention_bias": True, "attention_out_bias": False, "tie_word_embeddings": True}),
-    "qwen3": Kind({"use_qk_norm": True, "head_dim": 32}),
+    "qwen3": Kind({"use_qk_norm": True, "head_dim": 64}),
     "experts": Kind(EXPERTS),
     "experts-head-norms": Kind(EXPERTS | {"use_qk_norm": True, "norm_topk_prob": False}, "sentencepiece-bpe"),
 }
@@ -127,17 +128,8 @@ def make_folder(folder: Path, kind: Kind, corpus: Path) -> Path:
     model = TINY | kind.model | {"eos_token_id": load_tokenizer(tokenizer).eos_token_id}
     config = RunConfig.model_validate({"model": model, "data": data})
     checkpoint = save_random_checkpoint(folder / "run" / "checkpoints", config)
-    run(
-        convert_to_hf,
-        *(
-            "--checkpoint",
-            str(folder / "run"),
-            "--output",
-            str(folder / "exported"),
-            *kind.options,
-            "--no-verify",
-        ),
-    )
+    places = ("--checkpoint", str(folder / "run"), "--output", str(folder / "exported"))
+    run(convert_to_hf, *places, *kind.options, "--no-verify")
     reference = refer(Weights(checkpoint, config.model, "bfloat16"), tokenizer, kind.begin)
     (folder / "reference.json").write_text(json.dumps(reference))
     return folder
@@ -171,19 +163,15 @@ def save_random_checkpoint(root: Path, run: RunConfig) -> Path:
             return torch.rand(shape, generator=generator) + 0.5
         return torch.randn(shape, generator=generator) * 2 * shape[-1] ** -0.5
 
-    rows = [("weight", row) for row in model_table(run.model)] + [
-        ("buffer", row) for row in buffer_table(run.model)
-    ]
+    rows = {"weight": model_table(run.model), "buffer": buffer_table(run.model)}
     pieces = [
-        Piece(
-            row.name, kind, row.shape, (0,) * len(row.shape), row.shape, 0, draw(kind, row.shape).reshape(-1)
-        )
-        for kind, row in rows
+        Piece(row.name, kind, row.shape, (0,) * len(row.shape), row.shape, 0, draw(kind, row.shape).view(-1))
+        for kind, table in rows.items()
+        for row in table
     ]
     files = {CONFIG: dump_run(run)}
-    return save_checkpoint(
-        root, 1, pieces, {"step": 1}, files, rank=0, world_size=1, gather=alone, keep_last=0
-    )
+    here: Any = {"rank": 0, "world_size": 1, "gather": alone, "keep_last": 0}
+    return save_checkpoint(root, 1, pieces, {"step": 1}, files, **here)
 
 
 def refer(weights: Weights, tokenizer: str, begin: str | None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 
@@ -25,11 +25,13 @@ def read(folder: Path) -> dict[str, Any]:
         logits = model(torch.tensor(reference["tokens"])).logits
     continuations = [generate(model, prompt, reference["new_tokens"]) for prompt in reference["prompts"]]
     tokenizer = AutoTokenizer.from_pretrained(folder / "exported")
+    named = PreTrainedTokenizerFast.from_pretrained(folder / "exported")  # the class that the folder names
     return {
         "loading": [f"{kind}: {', '.join(map(str, names))}" for kind, names in keys.items() if names],
         "logits": ((logits - expected).abs().max() / expected.abs().max()).item(),
         "greedy": continuations == reference["continuations"],
         "encode": [tokenizer(text).input_ids for text in reference["texts"]] == reference["ids"],
+        "encode_as_named": [named(text).input_ids for text in reference["texts"]] == reference["ids"],
         "decode": [tokenizer.decode(ids) for ids in reference["ids"]] == reference["decoded"],
     }
 

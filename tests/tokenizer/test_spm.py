@@ -88,9 +88,7 @@ def test_the_model_itself_is_saved_too_and_goes_on_from_folder_to_folder(model, 
 def test_a_model_beside_another_tokenizer_json_is_refused(train, model, tmp_path):
     load_tokenizer(train("bpe", add_dummy_prefix=False, unk_piece="<other>")).save(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())
-    with pytest.raises(
-        TokenizerError, match="expected '<unk>' as id 0, found '<other>': the tokenizer.model"
-    ):
+    with pytest.raises(TokenizerError, match="expected '<unk>' as id 0, found '<other>'"):
         load_tokenizer(tmp_path).save(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
