@@ -105,6 +105,8 @@ class Tokenizer(ABC):
         if self.eos_token is not None:
             config["eos_token"] = self.eos_token
         config |= _added_around_text(backend, config)
+        if model is not None:
+            config |= _added_to_pieces(backend)
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_text(Path(folder, "tokenizer.json"), backend.to_str(pretty=True))
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -125,6 +127,18 @@ def _added_around_text(backend: Backend, config: dict[str, Any]) -> dict[str, bo
     tokens = backend.encode("a").tokens
     bos, eos = (token_text(config.get(name)) for name in ("bos_token", "eos_token"))
     return {"add_bos_token": tokens[:1] == [bos], "add_eos_token": tokens[-1:] == [eos]}
+
+
+def _added_to_pieces(backend: Backend) -> dict[str, Any]:
+    """The tokens that were added to SentencePiece's pieces, where llama.cpp looks for them."""
+    num_pieces = backend.get_vocab_size(with_added_tokens=False)
+    flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
+    added = {
+        str(index): {flag: getattr(token, flag) for flag in flags}
+        for index, token in sorted(backend.get_added_tokens_decoder().items())
+        if index >= num_pieces
+    }
+    return {"added_tokens_decoder": added} if added else {}
 
 
 class HuggingFaceTokenizer(Tokenizer):

@@ -57,7 +57,7 @@ def version(python: Path, reader: str) -> str:
 
 
 def pip(python: Path, command: str, *arguments: str) -> None:
-    call(str(python), "-m", "pip", "--quiet", "--disable-pip-version-check", command, *arguments)
+    call(str(python), "-m", "pip", "--quiet", "--quiet", "--disable-pip-version-check", command, *arguments)
 
 
 def call(*words: str) -> None:

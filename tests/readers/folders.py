@@ -80,6 +80,7 @@ class Kind:
     tokenizer: of tools/train_tokenizer.py, with `tokenizer_size` ids, or "bytes".
     options: of tools/convert_to_hf.py.
     begin: the token that tokenizer.json is made to put before every text, as Llama's own tokenizers do.
+    added: a special token that is added to those that were trained.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -87,6 +88,7 @@ class Kind:
     tokenizer_size: int = 512
     options: tuple[str, ...] = ()
     begin: str | None = None
+    added: str | None = None
 
 
 KINDS = {
@@ -96,7 +98,7 @@ KINDS = {
     "dense-odd-vocabulary": Kind({"vocab_size": 509}, tokenizer_size=501),
     "dense-biases": Kind({"attention_bias": True, "mlp_bias": True}),
     "dense-wide-heads": Kind({"head_dim": 64, "rms_norm_eps": 1e-3}, "sentencepiece-unigram"),
-    "dense-begin-of-text": Kind({}, "sentencepiece-bpe", begin="<s>"),
+    "dense-begin-of-text": Kind({}, "sentencepiece-bpe", 500, begin="<s>", added="<|user|>"),
     "dense-bytes": Kind({"vocab_size": 257}, "bytes"),
     "sharded": Kind(options=("--max-shard-size", "100KB")),
     "qwen2": Kind({"attention_bias": True, "attention_out_bias": False, "tie_word_embeddings": True}),
@@ -122,24 +124,26 @@ def make_folder(folder: Path, kind: Kind, corpus: Path) -> Path:
         tokenizer = str(folder / "tokenizer")
         size = ["--kind", kind.tokenizer, "--vocab-size", str(kind.tokenizer_size)]
         run(train_tokenizer, "--input", str(corpus), "--output", tokenizer, *size)
-    if kind.begin:
-        add_begin(folder / "tokenizer" / "tokenizer.json", kind.begin)
+        edit_tokenizer(folder / "tokenizer" / "tokenizer.json", kind)
     data = {"train": ["data/none"], "tokenizer": tokenizer}
     model = TINY | kind.model | {"eos_token_id": load_tokenizer(tokenizer).eos_token_id}
     config = RunConfig.model_validate({"model": model, "data": data})
     checkpoint = save_random_checkpoint(folder / "run" / "checkpoints", config)
     places = ("--checkpoint", str(folder / "run"), "--output", str(folder / "exported"))
     run(convert_to_hf, *places, *kind.options, "--no-verify")
-    reference = refer(Weights(checkpoint, config.model, "bfloat16"), tokenizer, kind.begin)
+    reference = refer(Weights(checkpoint, config.model, "bfloat16"), tokenizer, kind)
     (folder / "reference.json").write_text(json.dumps(reference))
     return folder
 
 
-def add_begin(file: Path, token: str) -> None:
-    """Make a tokenizer.json begin every text with a token."""
+def edit_tokenizer(file: Path, kind: Kind) -> None:
+    """Add the kind's token to a tokenizer.json, and make it begin every text with another."""
     backend = Backend.from_file(str(file))
-    named = [(token, backend.token_to_id(token))]
-    backend.post_processor = TemplateProcessing(single=f"{token} $A", special_tokens=named)
+    if kind.added:
+        backend.add_special_tokens([kind.added])
+    if kind.begin:
+        named = [(kind.begin, backend.token_to_id(kind.begin))]
+        backend.post_processor = TemplateProcessing(single=f"{kind.begin} $A", special_tokens=named)
     backend.save(str(file))
 
 
@@ -174,11 +178,12 @@ def save_random_checkpoint(root: Path, run: RunConfig) -> Path:
     return save_checkpoint(root, 1, pieces, {"step": 1}, files, **here)
 
 
-def refer(weights: Weights, tokenizer: str, begin: str | None) -> dict[str, Any]:
+def refer(weights: Weights, tokenizer: str, kind: Kind) -> dict[str, Any]:
     """What a reader must find: see the keys."""
     stage, text_tokenizer = build_megalite_model(weights), load_tokenizer(tokenizer)
-    ids = text_tokenizer.encode_batch(TEXTS)  # megalite itself adds no token
-    added = [] if begin is None else [text_tokenizer.token_to_id(begin)]
+    texts = TEXTS + [f"{kind.added}hello{kind.added} there"] * (kind.added is not None)
+    ids = text_tokenizer.encode_batch(texts)  # megalite itself adds no token
+    first = [] if kind.begin is None else [text_tokenizer.token_to_id(kind.begin)]
     tokens = torch.randint(weights.model.vocab_size, (2, 64), generator=torch.Generator().manual_seed(1))
     prompts = [ids[0], ids[1], tokens[0, :5].tolist()]
     return {
@@ -187,9 +192,9 @@ def refer(weights: Weights, tokenizer: str, begin: str | None) -> dict[str, Any]
         "prompts": prompts,
         "continuations": [continue_greedily(stage, prompt, weights.model) for prompt in prompts],
         "new_tokens": NEW_TOKENS,
-        "texts": TEXTS,
-        "ids": [added + each for each in ids],
-        "decoded": [text_tokenizer.decode(added + each) for each in ids],
+        "texts": texts,
+        "ids": [first + each for each in ids],
+        "decoded": [text_tokenizer.decode(first + each) for each in ids],
     }
 
 

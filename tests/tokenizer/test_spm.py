@@ -93,6 +93,22 @@ def test_a_model_beside_another_tokenizer_json_is_refused(train, model, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_tokens_added_to_the_pieces_are_told_in_the_config(model, tmp_path):
+    load_tokenizer(model).save(tmp_path / "first")
+    backend = load_tokenizer(tmp_path / "first").to_backend()
+    backend.add_special_tokens(["<|user|>"])
+    backend.add_tokens(["<|later|>"])
+    backend.save(str(tmp_path / "first" / "tokenizer.json"))
+    load_tokenizer(tmp_path / "first").save(tmp_path / "second")
+    config = json.loads((tmp_path / "second" / "tokenizer_config.json").read_text())
+    told = {
+        index: (token["content"], token["special"]) for index, token in config["added_tokens_decoder"].items()
+    }
+    assert told == {"500": ("<|user|>", True), "501": ("<|later|>", False)}
+    loaded = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "second")
+    assert loaded.encode("<|user|>a b<|later|>") == backend.encode("<|user|>a b<|later|>").ids
+
+
 @pytest.mark.parametrize("prefix", [True, False])
 def test_the_config_says_what_llama_cpp_takes_from_it(train, tmp_path, prefix):
     load_tokenizer(train("bpe", add_dummy_prefix=prefix)).save(tmp_path / "first")
