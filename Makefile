@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check 
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo laptop test bench lint clean
+.PHONY: help setup demo laptop test bench readers lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
@@ -26,6 +26,9 @@ test: $(READY)  ## run the whole test suite
 
 bench: $(READY)  ## run the benchmarks, side by side with peers, and write docs/benchmarks.md with its plots
 	@$(BIN)/python -m benchmarks.run
+
+readers: $(READY)  ## read exported folders with transformers 4 and 5 and with llama.cpp (downloads and builds them)
+	@$(BIN)/python -m tests.readers.check
 
 lint: $(READY)  ## check style, format, types and shell scripts
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ from megalite.files import write_text
 from megalite.model.flops import num_parameters
 from megalite.tokenizer.error import TokenizerError
 from megalite.tokenizer.load import load_tokenizer
+from megalite.tokenizer.readback import find_misreading
 from megalite.tokenizer.tokenizer import Tokenizer
 
 EPILOG = """\
@@ -129,6 +130,8 @@ def export_one(
         )
     if tokenizer is None:
         print("without a tokenizer: name one with --tokenizer to add it", file=sys.stderr)
+    elif misreading := find_misreading(arguments.output, tokenizer):
+        print(f"warning: {misreading}", file=sys.stderr)
     return weights
 
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as Backend
 from megalite.tokenizer.config_file import check_added_tokens, read_config, token_text
 from megalite.tokenizer.error import TokenizerError
 from megalite.tokenizer.hub import convert_with_transformers, download_tokenizer
-from megalite.tokenizer.tokenizer import END_OF_TEXT, HuggingFaceTokenizer, Tokenizer
+from megalite.tokenizer.tokenizer import END_OF_TEXT, MODEL_FILE, HuggingFaceTokenizer, Tokenizer
 
 BYTES = "bytes"
 # Names by which a bare tokenizer.json may be asked for its end of text, when exactly one of them exists.
@@ -81,7 +81,7 @@ def _download(name: str) -> Path:
 def _tokenizer_file(path: Path) -> Path | None:
     """The file to load: `path` itself, or what the folder holds; None when that is neither of the two."""
     if path.is_dir():
-        names = ("tokenizer.json", "tokenizer.model")
+        names = ("tokenizer.json", MODEL_FILE)
         return next((path / name for name in names if (path / name).is_file()), None)
     if path.suffix not in (".json", ".model"):
         raise TokenizerError(
@@ -102,7 +102,9 @@ def _load_hugging_face(file: Path, eos_token: str | None) -> Tokenizer:
         config["chat_template"] = template.read_text(encoding="utf-8")
     check_added_tokens(file, backend, config)
     named = eos_token or token_text(config.get("eos_token")) or _known_eos_token(backend)
-    return HuggingFaceTokenizer(backend, str(file), named, config)
+    model = file.with_name(MODEL_FILE)
+    content = model.read_bytes() if model.is_file() else None
+    return HuggingFaceTokenizer(backend, str(file), named, config, content)
 
 
 def _known_eos_token(backend: Backend) -> str | None:

@@ -56,9 +56,14 @@ class SentencePieceTokenizer(Tokenizer):
     def _content(self) -> bytes:
         return self._processor.serialized_model_proto()
 
+    def sentencepiece_model(self) -> bytes:
+        return self._content()
+
     def special_tokens(self) -> dict[str, Any]:
+        """Its own, and whether a space is put before a text: llama.cpp looks here for it."""
         ids = {"bos_token": self._processor.bos_id(), "unk_token": self._processor.unk_id()}
-        return {name: self._processor.IdToPiece(token) for name, token in ids.items() if token >= 0}
+        named = {name: self._processor.IdToPiece(token) for name, token in ids.items() if token >= 0}
+        return named | {"add_prefix_space": _read_model(self._content()).normalizer_spec.add_dummy_prefix}
 
     @cached_property
     def _converted(self) -> Backend:
@@ -92,6 +97,14 @@ def convert_unigram(content: bytes, name: str) -> Tokenizer:
     backend = _dress(Backend(models.Unigram(scores, unk_id=unknown, byte_fallback=fallback)), model)
     names = {"bos_token": model.trainer_spec.bos_piece, "unk_token": model.trainer_spec.unk_piece}
     return HuggingFaceTokenizer(backend, name, model.trainer_spec.eos_piece, names)
+
+
+def check_same_pieces(content: bytes, backend: Backend, name: str) -> None:
+    """TokenizerError unless every piece of a .model has the id in a tokenizer.json that it has there."""
+    for index, piece in enumerate(_read_model(content).pieces):
+        if backend.id_to_token(index) != piece.piece:
+            found = f"expected {piece.piece!r} as id {index}, found {backend.id_to_token(index)!r}"
+            raise TokenizerError(f"{name}: {found}: remove tokenizer.model, which is of another tokenizer")
 
 
 def _read_model(content: bytes) -> Any:

@@ -7,13 +7,11 @@ from pathlib import Path
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
-from megalite.files import written_aside
 from megalite.tokenizer.error import TokenizerError
-from megalite.tokenizer.tokenizer import END_OF_TEXT, HuggingFaceTokenizer, Tokenizer
+from megalite.tokenizer.tokenizer import END_OF_TEXT, MODEL_FILE, HuggingFaceTokenizer, Tokenizer
 
 MIN_VOCAB = {"byte-bpe": 257, "lillm": 272, "sentencepiece-bpe": 300, "sentencepiece-unigram": 300}
 LILLM_TOKENS = ["<unk>", "<s>", "</s>", *(f"<r{index}>" for index in range(13))]
-MODEL_FILE = "tokenizer.model"
 
 
 def train_tokenizer(
@@ -28,29 +26,24 @@ def train_tokenizer(
         expected = f"expected at least {MIN_VOCAB[kind]} for {kind}"
         raise TokenizerError(f"--vocab-size: {expected}, found {vocab_size}: raise it")
     folder.mkdir(parents=True, exist_ok=True)  # training takes long: what cannot be written fails before
-    tokenizer, model = _train(kind, texts, vocab_size)
+    tokenizer = _train(kind, texts, vocab_size)
     tokenizer.save(folder, **({} if model_max_length is None else {"model_max_length": model_max_length}))
-    (folder / MODEL_FILE).unlink(missing_ok=True)  # of another training
-    if model is not None:
-        with written_aside(folder / MODEL_FILE, "wb") as file:
-            file.write(model)
     return tokenizer
 
 
-def _train(kind: str, texts: Iterable[str], vocab_size: int) -> tuple[Tokenizer, bytes | None]:
-    """The tokenizer, and SentencePiece's own model where that may be used as well."""
+def _train(kind: str, texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if kind == "byte-bpe":
-        return HuggingFaceTokenizer(train_byte_bpe(texts, vocab_size, [END_OF_TEXT]), kind, END_OF_TEXT), None
+        return HuggingFaceTokenizer(train_byte_bpe(texts, vocab_size, [END_OF_TEXT]), kind, END_OF_TEXT)
     if kind == "lillm":
         names = {"bos_token": "<s>", "unk_token": "<unk>"}
         backend = train_byte_bpe(texts, vocab_size, LILLM_TOKENS)
-        return HuggingFaceTokenizer(backend, kind, "</s>", names), None
+        return HuggingFaceTokenizer(backend, kind, "</s>", names)
     from megalite.tokenizer.spm import SentencePieceTokenizer, convert_unigram  # only where it is needed
 
     model = train_sentencepiece(texts, vocab_size, kind.removeprefix("sentencepiece-"))
     if kind == "sentencepiece-bpe":
-        return SentencePieceTokenizer(model, MODEL_FILE), model
-    return convert_unigram(model, MODEL_FILE), None
+        return SentencePieceTokenizer(model, MODEL_FILE)
+    return convert_unigram(model, MODEL_FILE)
 
 
 def train_byte_bpe(texts: Iterable[str], vocab_size: int, special_tokens: list[str]) -> Backend:

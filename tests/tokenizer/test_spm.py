@@ -1,3 +1,4 @@
+import json
 import random
 
 import pytest
@@ -6,7 +7,7 @@ import sentencepiece
 from megalite.data.corpus import read_corpus
 from megalite.tokenizer import spm
 from megalite.tokenizer.error import TokenizerError
-from megalite.tokenizer.load import load_tokenizer
+from megalite.tokenizer.load import build_byte_tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,54 @@ def test_the_saved_tokenizer_loads_in_transformers(model, tmp_path, text):
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.encode(text[:3000]) == tokenizer.encode(text[:3000])
     assert (loaded.eos_token, loaded.bos_token, loaded.unk_token) == ("</s>", "<s>", "<unk>")
+
+
+def test_the_model_itself_is_saved_too_and_goes_on_from_folder_to_folder(model, tmp_path):
+    """llama.cpp needs the scores of the pieces, which tokenizer.json has not."""
+    load_tokenizer(model).save(tmp_path / "first")
+    load_tokenizer(tmp_path / "first").save(tmp_path / "second")
+    for folder in ("first", "second"):
+        saved = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / folder / "tokenizer.model"))
+        original = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        assert [saved.GetScore(index) for index in range(500)] == [
+            original.GetScore(index) for index in range(500)
+        ]
+    build_byte_tokenizer().save(tmp_path / "second")
+    assert not (tmp_path / "second" / "tokenizer.model").exists()
+
+
+def test_a_model_beside_another_tokenizer_json_is_refused(train, model, tmp_path):
+    load_tokenizer(train("bpe", add_dummy_prefix=False, unk_piece="<other>")).save(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())
+    with pytest.raises(TokenizerError, match="expected '<unk>' as id 0, found '<other>'"):
+        load_tokenizer(tmp_path).save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_tokens_added_to_the_pieces_are_told_in_the_config(model, tmp_path):
+    load_tokenizer(model).save(tmp_path / "first")
+    backend = load_tokenizer(tmp_path / "first").to_backend()
+    backend.add_special_tokens(["<|user|>"])
+    backend.add_tokens(["<|later|>"])
+    backend.save(str(tmp_path / "first" / "tokenizer.json"))
+    load_tokenizer(tmp_path / "first").save(tmp_path / "second")
+    config = json.loads((tmp_path / "second" / "tokenizer_config.json").read_text())
+    told = {
+        index: (token["content"], token["special"]) for index, token in config["added_tokens_decoder"].items()
+    }
+    assert told == {"500": ("<|user|>", True), "501": ("<|later|>", False)}
+    loaded = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "second")
+    assert loaded.encode("<|user|>a b<|later|>") == backend.encode("<|user|>a b<|later|>").ids
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_the_config_says_what_llama_cpp_takes_from_it(train, tmp_path, prefix):
+    load_tokenizer(train("bpe", add_dummy_prefix=prefix)).save(tmp_path / "first")
+    load_tokenizer(tmp_path / "first").save(tmp_path / "second")
+    for folder in ("first", "second"):
+        config = json.loads((tmp_path / folder / "tokenizer_config.json").read_text())
+        said = {key: config[key] for key in ("add_prefix_space", "add_bos_token", "add_eos_token")}
+        assert said == {"add_prefix_space": prefix, "add_bos_token": False, "add_eos_token": False}
 
 
 def test_a_conversion_that_differs_is_refused(model, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@ import json
 
 import pytest
 from tokenizers import Tokenizer as Backend
+from tokenizers.processors import TemplateProcessing
 
 from megalite.tokenizer.error import TokenizerError
 from megalite.tokenizer.load import build_byte_tokenizer, load_tokenizer
@@ -56,7 +57,7 @@ def test_special_tokens_of_the_config_survive_loading_and_saving(folder, tmp_pat
     edit_config(folder, bos_token={"content": "<|endoftext|>"}, chat_template="{{ messages }}", added="no")
     load_tokenizer(folder).save(tmp_path / "again")
     config = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
-    assert config["bos_token"] == {"content": "<|endoftext|>"} and config["chat_template"] == "{{ messages }}"
+    assert config["bos_token"] == "<|endoftext|>" and config["chat_template"] == "{{ messages }}"
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and "added" not in config
 
 
@@ -88,8 +89,6 @@ def test_an_ambiguous_end_of_text_must_be_named(folder):
 
 
 def test_truncation_padding_and_special_tokens_of_the_file_are_not_applied(folder):
-    from tokenizers.processors import TemplateProcessing
-
     backend = Backend.from_file(str(folder / "tokenizer.json"))
     backend.enable_truncation(4)
     backend.enable_padding(length=8)
@@ -99,6 +98,23 @@ def test_truncation_padding_and_special_tokens_of_the_file_are_not_applied(folde
     backend.save(str(folder / "tokenizer.json"))
     assert backend.encode("abcdef").ids != list(b"abcdef")
     assert load_tokenizer(folder).encode_batch(["abcdef", "a"]) == [list(b"abcdef"), list(b"a")]
+
+
+@pytest.mark.parametrize(
+    ("template", "bos", "eos"),
+    [("$A", False, False), ("<s> $A", True, False), ("$A </s>", False, True), ("<s> $A </s>", True, True)],
+)
+def test_the_config_says_which_tokens_tokenizer_json_adds(folder, tmp_path, template, bos, eos):
+    backend = Backend.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 257), ("</s>", 258)])
+    backend.save(str(folder / "tokenizer.json"))
+    edit_config(folder, bos_token={"content": "<s>"}, eos_token="</s>")
+    load_tokenizer(folder).save(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text())
+    assert (config["add_bos_token"], config["add_eos_token"]) == (bos, eos)
+    loaded = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert loaded.encode("a") == backend.encode("a").ids
 
 
 def test_holes_in_the_ids_count_in_the_vocabulary_size(folder):

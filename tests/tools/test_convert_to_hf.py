@@ -4,14 +4,17 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from megalite.checkpoint.weights import Weights
-from megalite.tokenizer.load import build_byte_tokenizer
+from megalite.config.model import ModelConfig
+from megalite.data.corpus import read_corpus
+from megalite.tokenizer.load import build_byte_tokenizer, load_tokenizer
 from tests.checkpoint.llamas import EXPERT_VARIANTS, VARIANTS, logits, random_llama, save_llama, tiny_run
 from tests.tools.room import room_for
-from tools import convert_to_hf
+from tools import convert_to_hf, train_tokenizer
 
 
 def run_tool(tmp_path, *extra: str) -> int:
@@ -36,6 +39,26 @@ def test_the_folder_has_the_model_and_the_tokenizer_of_the_run(tmp_path, capsys)
     assert tokenizer("né")["input_ids"] == list("né".encode())
     assert model.config.eos_token_id == tokenizer.eos_token_id == 256
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
+
+
+@pytest.mark.parametrize(("variant", "warned"), [("qwen2", True), ("qwen3", False), ("plain", False)])
+def test_a_tokenizer_that_transformers_replaces_by_its_own_is_told(tmp_path, capsys, variant, warned):
+    """AutoTokenizer of transformers 5 cuts words as Qwen does for every Qwen2 model."""
+    texts = [{"text": text} for _, text in read_corpus(max_bytes=50_000)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    mine = str(tmp_path / "mine")
+    arguments = ["--input", str(tmp_path / "x.jsonl"), "--output", mine]
+    assert train_tokenizer.main([*arguments, "--vocab-size", "400"]) == 0
+    run = tiny_run("plain", train=["data/python"], tokenizer=mine)
+    fields = {**run.model.model_dump(), **VARIANTS[variant], "vocab_size": 400}
+    run = run.model_copy(update={"model": ModelConfig(**fields)})
+    save_llama(tmp_path / "checkpoints", random_llama(run.model), run)
+    capsys.readouterr()
+    assert run_tool(tmp_path, "--no-verify") == 0
+    warned = warned and not transformers.__version__.startswith("4.")
+    assert ("as Qwen2Tokenizer, which gives" in capsys.readouterr().err) == warned
+    named = PreTrainedTokenizerFast.from_pretrained(tmp_path / "hf")  # the remedy
+    assert named(texts[0]["text"])["input_ids"] == load_tokenizer(mine).encode(texts[0]["text"])
 
 
 @pytest.mark.parametrize("variant", VARIANTS | EXPERT_VARIANTS)
