@@ -25,6 +25,11 @@ class LoraConfig(Section):
         None, description="Folder with an adapter in the format of PEFT, to begin with; null means a new one."
     )
 
+    @property
+    def scale(self) -> float:
+        """What the adapters' outputs are multiplied with."""
+        return self.alpha / (self.rank**0.5 if self.rank_stabilized else self.rank)
+
 
 class PreferenceConfig(Section):
     """How pairs of answers, a chosen and a rejected one, become a loss."""

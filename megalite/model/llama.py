@@ -22,11 +22,11 @@ from megalite.model.moe import MixtureOfExperts, TopKRouter, unobserved
 from megalite.model.rope import RotaryEmbedding
 from megalite.model.share import StageShare
 from megalite.model.spans import AttentionSpans
-from megalite.model.table import buffer_table, model_table
+from megalite.model.table import adapter_table, buffer_table, model_table
 from megalite.parallel.embedding import VocabParallelEmbedding, vocabulary_spec
 from megalite.parallel.linear import ColumnParallelLinear
 from megalite.parallel.norm import ParallelRMSNorm
-from megalite.parallel.plan import LayerPlan
+from megalite.parallel.plan import LayerPlan, Lora
 from megalite.parallel.shard import sharded_parameter, spec_of, state_buffers
 
 EMBEDDING_NAME = "model.embed_tokens"
@@ -80,7 +80,9 @@ class LlamaStage(nn.Module):
         if share.has_head:
             self.norm, self.lm_head = self._head(plan)
         self.loss = loss or partial(next_token_loss, vocab_size=config.vocab_size, group=plan.tp_group)
-        check_against_table(self, config)
+        check_against_table(self, config, plan.lora)
+        if plan.lora:
+            self._freeze()
 
     def _embedding(self, plan: LayerPlan) -> VocabParallelEmbedding:
         config = self.config
@@ -104,6 +106,11 @@ class LlamaStage(nn.Module):
         spec = vocabulary_spec(plan.context, f"{name}.weight", shape)
         assert plan.init is not None
         return sharded_parameter(spec.tied_over_stages(copy=1) if tied else spec, plan.init, plan.dtype)
+
+    def _freeze(self) -> None:
+        """Let adapters alone learn."""
+        for parameter in self.parameters():
+            parameter.requires_grad_("lora_" in spec_of(parameter).name)
 
     def routers(self) -> dict[int, TopKRouter]:
         """The routers of the layers with experts, by layer."""
@@ -142,16 +149,18 @@ def _observed_once(block: nn.Module) -> tuple[AbstractContextManager, AbstractCo
     return nullcontext(), unobserved(block)
 
 
-def check_against_table(stage: LlamaStage, config: ModelConfig) -> None:
+def check_against_table(stage: LlamaStage, config: ModelConfig, lora: Lora | None = None) -> None:
     """Raise AssertionError unless the stage holds the table's tensors of its share, cut as the rows say."""
     share = stage.share
     ends = {"model.embed_tokens.weight": share.has_embedding, "model.norm.weight": share.has_head}
     ends |= {"lm_head.weight": share.has_head}
     if config.tie_word_embeddings:
         ends["model.embed_tokens.weight"] |= share.has_head
+    rows = model_table(config) + buffer_table(config)
+    rows += adapter_table(config, lora.rank, lora.targets) if lora else []
     expected = {
         (row.name, row.shape, row.cut_dims)
-        for row in model_table(config) + buffer_table(config)
+        for row in rows
         if (row.layer in share.layers if row.layer is not None else ends[row.name])
     }
     specs = map(spec_of, [*stage.parameters(), *state_buffers(stage)])

@@ -6,7 +6,7 @@ of Qwen3ForCausalLM, and with experts of Glm4MoeForCausalLM; the experts of a la
 `[experts, out, in]`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -14,7 +14,7 @@ from typing import Literal
 from megalite.config.model import ModelConfig
 
 BIAS = "e_score_correction_bias"
-Kind = Literal["embedding", "head", "matrix", "expert", "norm", "bias"]
+Kind = Literal["embedding", "head", "matrix", "expert", "norm", "bias", "adapter"]
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TensorRow:
         name: Hugging Face's.
         shape: of the whole tensor, without padding.
         kind: what it is for; a "matrix" is multiplied with activations, a "head" too, of an "expert" stack
-            each token uses some entries.
+            each token uses some entries, an "adapter" is a factor beside a matrix.
         dim: the dimension that tensor parallelism cuts, None where every rank holds all of it.
         num_pieces: pieces that `dim` can be cut into at most, None for any number that divides it.
         layer: the decoder layer that it belongs to, None outside of them.
@@ -117,6 +117,31 @@ def layer_table(config: ModelConfig, layer: int) -> list[TensorRow]:
         norm("post_attention_layernorm"),
         *(experts() if config.has_experts(layer) else mlp("mlp", config.intermediate_size)),
     ]
+
+
+def adapter_table(config: ModelConfig, rank: int, targets: Collection[str]) -> list[TensorRow]:
+    """The factors of low-rank adapters of the linear layers that `targets` names; each as its weight is cut.
+
+    Routers and experts have none.
+    """
+    rows = []
+    for row in model_table(config):
+        layer = row.name.removesuffix(".weight")
+        if row.kind != "matrix" or row.dim is None or layer.rpartition(".")[2] not in targets:
+            continue
+        out, into = row.shape
+        a_dim, b_dim = (1, None) if row.dim == 1 else (None, 0)
+        rows += [
+            TensorRow(f"{layer}.lora_A.weight", (rank, into), "adapter", a_dim, layer=row.layer),
+            TensorRow(f"{layer}.lora_B.weight", (out, rank), "adapter", b_dim, row.num_pieces, row.layer),
+        ]
+    return rows
+
+
+def adaptable_layers(config: ModelConfig) -> list[str]:
+    """The names, by their last part, of linear layers that can have an adapter."""
+    rows = [row for row in model_table(config) if row.kind == "matrix" and row.dim is not None]
+    return list(dict.fromkeys(row.name.split(".")[-2] for row in rows))
 
 
 def buffer_table(config: ModelConfig) -> list[TensorRow]:

@@ -12,98 +12,22 @@ Under sequence parallelism x enters the column layer as [s/t, b, i] and leaves t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from megalite.parallel.context import Group
-from megalite.parallel.mappings import (
-    reduce_from_tp,
-    scatter_sequence,
-    start_all_gather,
-    start_all_reduce,
-    start_reduce_scatter,
-    wait_for,
-)
+from megalite.parallel.column import column_linear, local_linear
+from megalite.parallel.lora import ColumnAdapter, RowAdapter
+from megalite.parallel.mappings import reduce_from_tp, scatter_sequence
 from megalite.parallel.plan import LayerPlan
-from megalite.parallel.products import MatrixProducts
 from megalite.parallel.shard import (
     constant_initializer,
     cut_spec,
     describe_shards,
     draw_like_linear,
     sharded_parameter,
-    spec_of,
     whole_spec,
 )
-
-
-class _ColumnLinear(torch.autograd.Function):
-    """Several column weights W_k over one input, which enters once.
-
-        y_k  = X @ W_k.T                    X = x, or gather(x) along the sequence
-        dx   = sum over ranks of sum_k dy_k @ W_k    scattered along the sequence, if X was gathered
-        dW_k = dy_k.T @ X                   summed over the ranks that hold a copy of W_k
-
-    X is not kept where it was gathered, which would cost t times the memory of x: backward gathers it again,
-    while dx is computed; and dx is summed while the dW_k are computed.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        group: Group,
-        sequence_parallel: bool,
-        products: MatrixProducts,
-        copy_groups: Sequence[Group],
-        *weights: torch.Tensor,
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.group, ctx.sequence_parallel, ctx.products = group, sequence_parallel, products
-        ctx.copy_groups = copy_groups
-        ctx.save_for_backward(x, *weights)
-        full, work = start_all_gather(x, group) if sequence_parallel else (x, None)
-        wait_for(work)
-        return tuple(products.output(full, weight) for weight in weights)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, *weights = ctx.saved_tensors
-        full, gathering = start_all_gather(x, ctx.group) if ctx.sequence_parallel else (x, None)
-        grad_x, reducing = None, None
-        if ctx.needs_input_grad[0]:
-            parts = map(ctx.products.input_gradient, grads, weights)
-            grad_full = next(parts)
-            for part in parts:
-                grad_full += part
-            leave = start_reduce_scatter if ctx.sequence_parallel else start_all_reduce
-            grad_x, reducing = leave(grad_full, ctx.group)
-        wait_for(gathering)
-        grad_weights = [
-            _sum_over(group, ctx.products.weight_gradient(grad, full)) if needed else None
-            for grad, group, needed in zip(grads, ctx.copy_groups, ctx.needs_input_grad[5:], strict=True)
-        ]
-        wait_for(reducing)
-        return grad_x, None, None, None, None, *grad_weights
-
-
-def _column_linear(
-    x: torch.Tensor, plan: LayerPlan, weights: Sequence[nn.Parameter]
-) -> tuple[torch.Tensor, ...]:
-    copy_groups = [_copy_group(weight, plan) for weight in weights]
-    return _ColumnLinear.apply(x, plan.tp_group, plan.sequence_parallel, plan.products, copy_groups, *weights)
-
-
-def _copy_group(weight: nn.Parameter, plan: LayerPlan) -> Group:
-    """The ranks over which a cut weight's gradient is a sum, at most one axis: key/value heads' copies."""
-    return next((plan.context[axis].group for axis in spec_of(weight).summed_over), None)
-
-
-def _sum_over(group: Group, grad: torch.Tensor) -> torch.Tensor:
-    total, work = start_all_reduce(grad, group)
-    wait_for(work)
-    return total
 
 
 @dataclass(frozen=True)
@@ -146,15 +70,25 @@ class MergedColumnLinear(nn.Module):
             )
             self.register_parameter(f"{column.name}_weight", weight)
             self.register_parameter(f"{column.name}_bias", offset)
+        self.adapters = nn.ModuleDict()
+        for column in columns:
+            if plan.adapts(column.name):
+                full_name, over = f"{name}.{column.name}" if name else column.name, column.cut_over
+                adapter = ColumnAdapter(in_features, column.out_features, plan, name=full_name, cut_over=over)
+                self.adapters[column.name] = adapter
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[s, b, i] (or [s/t, b, i] under sequence parallelism) -> [s, b, o/t] per column."""
-        weights = [getattr(self, f"{column.name}_weight") for column in self.columns]
-        biases = [getattr(self, f"{column.name}_bias") for column in self.columns]
-        return tuple(
-            y if bias is None else y + self.plan.with_whole_gradient(bias)
-            for y, bias in zip(_column_linear(x, self.plan, weights), biases, strict=True)
-        )
+        names = [column.name for column in self.columns]
+        outputs = column_linear(x, self.plan, [getattr(self, f"{name}_weight") for name in names])
+        return tuple(self._offset(y, x, name) for name, y in zip(names, outputs, strict=True))
+
+    def _offset(self, y: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
+        """One column's product with its bias and its adapter's output, where it has them."""
+        bias = getattr(self, f"{name}_bias")
+        if bias is not None:
+            y = y + self.plan.with_whole_gradient(bias)
+        return y + self.adapters[name](x) if name in self.adapters else y
 
     def extra_repr(self) -> str:
         return describe_shards(self)
@@ -190,7 +124,7 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, i] (or [s/t, b, i] under sequence parallelism) -> [s, b, o/t]."""
-        (y,) = _column_linear(x, self.plan, [self.weight])
+        (y,) = column_linear(x, self.plan, [self.weight])
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
@@ -219,6 +153,9 @@ class RowParallelLinear(nn.Module):
         self.plan = plan = plan or LayerPlan()
         self.leave = scatter_sequence if plan.sequence_parallel else reduce_from_tp
         self.weight, _ = _cut_parameters(plan, name, (out_features, in_features), 1, "tp", bias=False)
+        self.adapter: RowAdapter | None = None
+        if plan.adapts(name):
+            self.adapter = RowAdapter(in_features, out_features, plan, name=name)
         self.bias = None
         if bias:
             spec = whole_spec(
@@ -228,9 +165,9 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, i/t] -> [s, b, o] (or [s/t, b, o] under sequence parallelism)."""
-        # Not F.linear: autograd would keep a transposed view of the weight, which would hold the gathered
-        # weight in memory after ZeRO-3 has let it go.
-        (partial,) = _ColumnLinear.apply(x, None, False, self.plan.products, (None,), self.weight)
+        partial = local_linear(x, self.plan, self.weight)
+        if self.adapter is not None:
+            partial = partial + self.adapter(x)
         y = self.leave(partial, self.plan.tp_group)
         return y if self.bias is None else y + self.plan.with_whole_gradient(self.bias)
 

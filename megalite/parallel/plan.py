@@ -12,6 +12,21 @@ from megalite.parallel.shard import Initializer, spec_of
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Adapters of linear layers, y = W x + scale B A x; see parallel/lora.py.
+
+    Attributes:
+        rank: rows of A, columns of B.
+        scale: of the adapters' outputs.
+        targets: the layers that have one, by the last part of their names.
+    """
+
+    rank: int
+    scale: float
+    targets: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """Where layers lie, and how their weights are made and multiplied.
 
@@ -22,6 +37,7 @@ class LayerPlan:
             have the same seed on all ranks of a tensor-parallel group.
         dtype: of the parameters; by default torch's.
         products: the matrix products of linear layers.
+        lora: the adapters that layers have, beside weights which then do not learn; None for none.
     """
 
     context: ParallelContext = field(default_factory=ParallelContext)
@@ -29,6 +45,11 @@ class LayerPlan:
     init: Initializer | None = None
     dtype: torch.dtype | None = None
     products: MatrixProducts = field(default_factory=MatrixProducts)
+    lora: Lora | None = None
+
+    def adapts(self, name: str) -> bool:
+        """Whether a layer has an adapter. name: the layer's, whole or its last part."""
+        return self.lora is not None and name.rpartition(".")[2] in self.lora.targets
 
     @property
     def tp_group(self) -> Group:

@@ -272,11 +272,25 @@ def normal_initializer(seed: int, std: float = 0.02) -> Initializer:
     """
 
     def draw(name: str, full_shape: tuple[int, ...]) -> torch.Tensor:
-        key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
-        generator = np.random.Generator(np.random.Philox(key=key))
-        return torch.from_numpy(generator.standard_normal(full_shape, dtype=np.float32) * np.float32(std))
+        drawn = _generator(seed, name).standard_normal(full_shape, dtype=np.float32)
+        return torch.from_numpy(drawn * np.float32(std))
 
     return draw
+
+
+def uniform_initializer(seed: int) -> Initializer:
+    """U(-1/sqrt(i), 1/sqrt(i)) with i inputs, by seed and parameter name alone; see normal_initializer."""
+
+    def draw(name: str, full_shape: tuple[int, ...]) -> torch.Tensor:
+        drawn = _generator(seed, name).random(full_shape, dtype=np.float32)
+        return torch.from_numpy((2 * drawn - 1) / np.float32(full_shape[-1] ** 0.5))
+
+    return draw
+
+
+def _generator(seed: int, name: str) -> np.random.Generator:
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 def constant_initializer(value: float) -> Initializer:

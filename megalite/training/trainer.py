@@ -18,7 +18,7 @@ from megalite.model.llama import LlamaStage
 from megalite.model.share import StageShare
 from megalite.optimizer.recipes import build_recipe
 from megalite.parallel.context import ParallelContext
-from megalite.parallel.plan import LayerPlan
+from megalite.parallel.plan import LayerPlan, Lora
 from megalite.parallel.topology import DATA_AXES, Topology
 from megalite.pipeline.p2p import Peers
 from megalite.pipeline.partition import layers_of_stage
@@ -80,7 +80,7 @@ class StageTrainer:
         parallel, stages = run.parallel, context["pp"]
         num_micro_batches = deepspeed.num_micro_batches(context["dp"].size)
         self.sequence_parallel = sequence_parallel = parallel.sequence_parallel and context["tp"].size > 1
-        plan = LayerPlan(context, sequence_parallel)
+        plan = LayerPlan(context, sequence_parallel, lora=adapters_of(run))
         self.share = share_of_stage(run, context)
         self.engine = StageEngine(
             lambda: [LlamaStage(run.model, plan, self.share, seed=run.seed, recompute=parallel.recompute)],
@@ -106,7 +106,8 @@ class StageTrainer:
             return None
         chunks: Any = self.engine.module
         routers = {layer: router for chunk in chunks for layer, router in chunk.routers().items()}
-        rule = RULES[run.balancing.rule](run.balancing, run.model)
+        name = "none" if run.lora.rank else run.balancing.rule  # where the base is frozen its biases are too
+        rule = RULES[name](run.balancing, run.model)
         return ExpertBalancing(run.model, routers, rule, self.context)
 
     def train_step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
@@ -152,6 +153,11 @@ class StageTrainer:
             sums = torch.stack([losses.to(torch.float64), _count(batches)])
         dist.all_reduce(sums)
         return LossSum(*sums.tolist())
+
+
+def adapters_of(run: RunConfig) -> Lora | None:
+    """The adapters that a run trains, in place of weights."""
+    return Lora(run.lora.rank, run.lora.scale, tuple(run.lora.targets)) if run.lora.rank else None
 
 
 def share_of_stage(run: RunConfig, context: ParallelContext) -> StageShare:

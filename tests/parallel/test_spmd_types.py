@@ -30,6 +30,7 @@ from megalite.config.model import ModelConfig
 from megalite.model.llama import LlamaStage
 from megalite.model.rope import RotaryEmbedding
 from megalite.model.share import StageShare
+from megalite.parallel import column as column_product
 from megalite.parallel import cross_entropy, embedding, linear, mappings, plan
 from megalite.parallel.context import ParallelContext, group_size
 from megalite.parallel.embedding import VocabParallelEmbedding
@@ -221,8 +222,8 @@ def type_the_product(world):
     for pair in PAIRS:
         type_the_pair(pair, world, starts)
     for start, typed in starts.items():
-        setattr(linear, start.__name__, typed)
-    linear._ColumnLinear = Typed(linear._ColumnLinear, world)
+        setattr(column_product, start.__name__, typed)
+    column_product._ColumnLinear = Typed(column_product._ColumnLinear, world)
 
     def losses(*, logits, labels):
         each = spmd.rules.einsum("sb_,sb->sb", logits, labels)
@@ -375,9 +376,9 @@ FORGOTTEN = [  # module and name of a collective, with sequence parallelism or n
     (embedding, "scatter_sequence", True, {"table": "gives .*P on tp", "first_stage": SUM}),
     (plan, "copy_to_tp", True, {"norm": MIXED, "row": MIXED, "middle_stage": MIXED}),
     (mappings, "gather_sequence", True, {"gathered": "gives .*V on tp"}),
-    (linear, "start_all_gather", True, {"column": NOT_WHOLE, "middle_stage": NOT_WHOLE}),
-    (linear, "start_reduce_scatter", True, {"column": GRADIENT_OF, "middle_stage": GRADIENT_OF}),
-    (linear, "start_all_reduce", False, {"merged_column": GRADIENT_OF, "last_stage": GRADIENT_OF}),
+    (column_product, "start_all_gather", True, {"column": NOT_WHOLE, "middle_stage": NOT_WHOLE}),
+    (column_product, "start_reduce_scatter", True, {"column": GRADIENT_OF, "middle_stage": GRADIENT_OF}),
+    (column_product, "start_all_reduce", False, {"merged_column": GRADIENT_OF, "last_stage": GRADIENT_OF}),
 ]
 
 
