@@ -21,6 +21,7 @@ class Batch:
         positions: i64, of each token for the rotary angles; None stands for 0, 1, 2, ..., or for the place
             in its document where documents are given.
         document_starts: i64, where in the sample each token's document starts: attention stays within it.
+        references: fp32 [b], the log-probability that a reference gives each row's labels together.
         padding: bool, true for tokens that only fill up the sample: the load of experts leaves them out.
     """
 
@@ -30,6 +31,7 @@ class Batch:
     positions: torch.Tensor | None = None
     document_starts: torch.Tensor | None = None
     padding: torch.Tensor | None = None
+    references: torch.Tensor | None = None
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         """The batch with a function applied to each field that is there."""

@@ -53,9 +53,9 @@ def train(
         validation_loss = None
         if data.validation and is_due(step, run.logging.validate_every_steps, num_steps):
             validation_loss = evaluate(trainer, data.validation, run, batch_samples)
-        evaluated: dict[str, Any] = {}
+        further: dict[str, Any] = dict(result.further)
         if evaluation and is_due(step, run.logging.evaluate_every_steps, num_steps):
-            evaluated = evaluation(trainer)
+            further |= evaluation(trainer)
         if metrics:
             metrics.record(
                 step=step,
@@ -64,7 +64,7 @@ def train(
                 learning_rate=learning_rate,
                 step_seconds=step_seconds,
                 validation_loss=validation_loss,
-                **evaluated,
+                **further,
                 **further_metrics(result.experts, is_due(step, run.logging.log_every_steps, num_steps)),
             )
         save_last = run.checkpoint.save_at_end and step == num_steps

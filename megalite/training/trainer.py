@@ -1,7 +1,7 @@
 """One rank's part of a model in training: its stage, its engine, and the runner that drives them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
@@ -25,6 +25,7 @@ from megalite.pipeline.partition import layers_of_stage
 from megalite.pipeline.runner import PipelineRunner
 from megalite.pipeline.schedule import build_schedule, forward_only
 from megalite.training.engine import StageEngine
+from megalite.training.objective import build_objective
 
 
 class DivergedError(UserError):
@@ -33,18 +34,28 @@ class DivergedError(UserError):
 
 @dataclass(frozen=True)
 class LossSum:
-    """A sum of losses in nats, and what it is to be divided by; over any number of batches and ranks."""
+    """A sum of losses in nats, and what it is to be divided by; over any number of batches and ranks.
+
+    further: sums of what else is told, by name.
+    """
 
     total: float = 0.0
     count: float = 0.0
+    further: Mapping[str, float] = field(default_factory=dict)
 
     def __add__(self, other: "LossSum") -> "LossSum":
-        return LossSum(self.total + other.total, self.count + other.count)
+        further = {name: value + self.further.get(name, 0.0) for name, value in other.further.items()}
+        return LossSum(self.total + other.total, self.count + other.count, further)
 
     @property
     def mean(self) -> float:
-        """Nats per label that counts; not a number where none does."""
+        """Nats per label, or pair, that counts; not a number where none does."""
         return self.total / self.count if self.count else float("nan")
+
+    @property
+    def further_means(self) -> dict[str, float]:
+        """The same of the further sums."""
+        return {name: value / self.count for name, value in self.further.items() if self.count}
 
 
 @dataclass(frozen=True)
@@ -52,11 +63,13 @@ class StepResult:
     """What an optimizer step gave, the same on every rank: mean loss in nats, gradient norm unclipped.
 
     experts: what the routers did, where there are any.
+    further: means of what else the objective tells, by name.
     """
 
     loss: float
     grad_norm: float
     experts: ExpertLoad | None = None
+    further: Mapping[str, float] = field(default_factory=dict)
 
 
 def build_context(run: RunConfig, rank: int, world_size: int, device: torch.device) -> ParallelContext:
@@ -71,8 +84,8 @@ def build_context(run: RunConfig, rank: int, world_size: int, device: torch.devi
 class StageTrainer:
     """Trains and evaluates on batches; every rank calls the same methods at the same time.
 
-    The mean over labels is taken here alone: each stage with a head gives a sum, whose gradient is one over
-    the count of the whole global batch, over micro batches and all ranks that see other data.
+    The mean over labels, or pairs, is taken here alone: each stage with a head gives a sum, whose gradient is
+    one over the count of the whole global batch, over micro batches and all ranks that see other data.
     """
 
     def __init__(self, run: RunConfig, deepspeed: DeepSpeedConfig, context: ParallelContext) -> None:
@@ -82,8 +95,10 @@ class StageTrainer:
         self.sequence_parallel = sequence_parallel = parallel.sequence_parallel and context["tp"].size > 1
         plan = LayerPlan(context, sequence_parallel, lora=adapters_of(run))
         self.share = share_of_stage(run, context)
+        self.objective = build_objective(run, context)
+        options: dict[str, Any] = {"seed": run.seed, "recompute": parallel.recompute}
         self.engine = StageEngine(
-            lambda: [LlamaStage(run.model, plan, self.share, seed=run.seed, recompute=parallel.recompute)],
+            lambda: [LlamaStage(run.model, plan, self.share, loss=self.objective.loss, **options)],
             build_recipe(run.optimizer),
             deepspeed,
             context,
@@ -91,11 +106,13 @@ class StageTrainer:
             parameter_gathering=parallel.parameter_gathering,
         )
         local_length = run.data.seq_length // (context["tp"].size if sequence_parallel else 1)
-        shape = (local_length, deepspeed.train_micro_batch_size_per_gpu, run.model.hidden_size)
+        rows = deepspeed.train_micro_batch_size_per_gpu * self.objective.rows_per_sample
+        shape = (local_length, rows, run.model.hidden_size)
         peers = Peers(stages.group, shape, self.engine.dtype, context.device)
         self.runner = PipelineRunner(self.engine, peers, loss_chunk=0 if self.share.has_head else None)
         self.balancing = self._balancing(run)
         self.batch_samples = deepspeed.train_batch_size
+        self.batch_rows = self.batch_samples * self.objective.rows_per_sample
         self.vocab_size, self.hidden_size = run.model.vocab_size, run.model.hidden_size
         place = (stages.rank, stages.size, num_micro_batches)
         self._training = build_schedule(parallel.pipeline_schedule, *place)
@@ -117,11 +134,12 @@ class StageTrainer:
         if self.balancing:
             # As of the losses below: a mean over samples, times what DeepSpeed divides by.
             data_size = self.context[DATA_AXES].size
-            self.balancing.begin_step(data_size * self.engine.loss_scale / self.batch_samples)
+            self.balancing.begin_step(data_size * self.engine.loss_scale / self.batch_rows)
         losses = self.runner.train(self._training, batches, self._loss_gradient(batches))
         grad_norm = self.engine.step(learning_rate)
-        load = self.balancing.finish_step(self.batch_samples) if self.balancing else None
-        return StepResult(self._summed(losses, batches).mean, grad_norm, load)
+        load = self.balancing.finish_step(self.batch_rows) if self.balancing else None
+        summed = self._summed(losses, batches)
+        return StepResult(summed.mean, grad_norm, load, summed.further_means)
 
     def evaluate(self, micro_batches: Sequence[Batch]) -> LossSum:
         """The losses of a global batch; nothing is learnt."""
@@ -141,18 +159,24 @@ class StageTrainer:
         if not self.share.has_head:
             return torch.zeros(())
         data = self.context[DATA_AXES]
-        count = _count(batches)
+        count = self._count(batches)
         if data.size > 1:
             dist.all_reduce(count, group=data.group)
         return (data.size * self.engine.loss_scale / count).to(torch.float32)
 
     def _summed(self, losses: torch.Tensor | None, batches: Sequence[Batch]) -> LossSum:
         """The sums of all ranks that have a head and other data, on every rank of the world."""
-        sums = torch.zeros(2, dtype=torch.float64, device=self.context.device)
+        told = self.objective.sums
+        sums = torch.zeros(2 + len(told), dtype=torch.float64, device=self.context.device)
         if losses is not None and self.context["tp"].rank == 0:
-            sums = torch.stack([losses.to(torch.float64), _count(batches)])
+            sums = torch.cat([losses.to(torch.float64).view(1), self._count(batches).view(1), told])
+        told.zero_()
         dist.all_reduce(sums)
-        return LossSum(*sums.tolist())
+        total, count, *further = sums.tolist()
+        return LossSum(total, count, dict(zip(self.objective.measures, further, strict=True)))
+
+    def _count(self, batches: Sequence[Batch]) -> torch.Tensor:
+        return torch.stack([self.objective.count(batch) for batch in batches]).sum()
 
 
 def adapters_of(run: RunConfig) -> Lora | None:
@@ -165,10 +189,6 @@ def share_of_stage(run: RunConfig, context: ParallelContext) -> StageShare:
     stages = context["pp"]
     layers = layers_of_stage(run.model.num_hidden_layers, stages.size, stages.rank)
     return StageShare(layers, stages.rank == 0, stages.rank == stages.size - 1)
-
-
-def _count(batches: Sequence[Batch]) -> torch.Tensor:
-    return torch.stack([batch.loss_count() for batch in batches]).sum()
 
 
 def require_finite(result: StepResult, step: int, precision: str) -> None:
