@@ -168,6 +168,11 @@ def first_gradients(rank: int, case: Case) -> dict[str, torch.Tensor]:
 def gradients_of_step(trainer: StageTrainer, case: Case) -> dict[str, torch.Tensor]:
     """The same, of a trainer whose optimizer holds gradients; it takes the step."""
     trainer.train_step(micro_batches(0, trainer.context, case), 1e-3)
+    return gradients_of_parts(parts_of_gradients(trainer), case.world_size)
+
+
+def parts_of_gradients(trainer: StageTrainer) -> list:
+    """This rank's slices of what an optimizer that holds gradients was given."""
     parts = []
     optimizer = trainer.engine.optimizer
     for parameter in trainer.engine.module.parameters():
@@ -176,7 +181,12 @@ def gradients_of_step(trainer: StageTrainer, case: Case) -> dict[str, torch.Tens
         for piece in master_slices(optimizer, [parameter], data_rank):
             state = inner_optimizer(optimizer).state[piece.flat]
             parts.append((spec, piece.start, piece.view(state["exp_avg"]).clone()))
-    gathered = [None] * case.world_size
+    return parts
+
+
+def gradients_of_parts(parts: list, world_size: int) -> dict[str, torch.Tensor]:
+    """The full gradients, from the slices of all ranks; collective."""
+    gathered = [None] * world_size
     dist.all_gather_object(gathered, parts)
     return _merge([part for parts in gathered for part in parts])
 
