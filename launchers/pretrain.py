@@ -5,71 +5,13 @@ deepspeed launchers/pretrain.py --deepspeed_config configs/deepspeed/zero3.json 
 
 import os
 import sys
-import time
-from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
-from pathlib import Path
-from typing import NoReturn
 
-from megalite.config.deepspeed import DeepSpeedConfig, load_deepspeed
-from megalite.config.load import load_run
-from megalite.config.run import RunConfig
-from megalite.error import UserError
-from megalite.training.environment import Environment, choose_cpu_accelerator
-
-EPILOG = """The JSON owns batch sizes, precision, ZeRO and gradient clipping; the YAML owns the rest.
-docs/configuration.md lists every key. Without a launcher this is a run of one process."""
-
-
-class Parser(ArgumentParser):
-    """Raises what argparse would print, usage and all, on every rank."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}: see --help")
-
-
-def build_parser() -> ArgumentParser:
-    """The command line; docs/configuration.md lists what can be overridden."""
-    parser = Parser(description=__doc__, epilog=EPILOG, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="DeepSpeed configuration")
-    parser.add_argument("--config", nargs="?", metavar="YAML", help="the run (default: a small one)")
-    parser.add_argument("--local_rank", type=int, help=SUPPRESS)  # the deepspeed launcher adds it
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the run")
-    return parser
-
-
-def configure(argv: list[str] | None, world_size: int) -> tuple[RunConfig, DeepSpeedConfig]:
-    """The run and the DeepSpeed configuration, checked against each other and the number of processes."""
-    args = build_parser().parse_intermixed_args(argv)
-    if args.config and "=" in args.config and not Path(args.config).exists():
-        args.overrides.insert(0, args.config)  # it follows a bare --config
-        args.config = None
-    run = load_run(args.config, args.overrides, args.deepspeed_config)
-    known = {"dp_size": run.dp_size_of(world_size), "hidden_size": run.model.hidden_size}
-    deepspeed = load_deepspeed(args.deepspeed_config, args.config or "the run", **known)
-    run.check_zero_stage(deepspeed.zero_stage)
-    return run, deepspeed
+from megalite.training.command import launch
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train; returns the exit status."""
-    rank = 0  # until it is known: then one rank speaks for all, since all find the same mistakes
-    try:
-        environment = Environment.read()
-        rank = environment.rank
-        run, deepspeed = configure(argv, environment.world_size)
-    except UserError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        time.sleep(0 if rank == 0 else 5)  # a launcher ends all ranks when the first one leaves
-        return 2
-    import torch  # the configuration is checked first: a mistake is told in a second, not in ten
-
-    if not torch.cuda.is_available():
-        choose_cpu_accelerator()
-    from megalite.training.job import pretrain
-
-    pretrain(run, deepspeed, environment)
-    return 0
+    return launch(__doc__, "pretrain", argv)
 
 
 if __name__ == "__main__":

@@ -100,11 +100,11 @@ def check_sbatch(words: list[str]) -> None:
 
 
 def check_run(arguments: list[str], world_size: int) -> None:
-    from launchers.pretrain import configure
+    from megalite.training.command import configure
 
     if any(word.isupper() or word.startswith("runs/mine") for word in arguments):
         return  # a placeholder
-    configure(arguments, world_size)
+    configure(arguments, world_size, "pretrain")
 
 
 CHECKS = {

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from megalite.config.deepspeed import DeepSpeedConfig
@@ -11,18 +10,11 @@ from megalite.data.loader import Batches
 from megalite.measure.metrics import Metrics
 from megalite.model.balancing import ExpertLoad
 from megalite.training.checkpoints import Checkpoints
+from megalite.training.data import Data
 from megalite.training.lr_schedule import learning_rate_at
 from megalite.training.trainer import LossSum, StageTrainer, require_finite
 
 Evaluate = Callable[[StageTrainer], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Data:
-    """Where batches come from; validation may be absent."""
-
-    train: Batches
-    validation: Batches | None
 
 
 def train(

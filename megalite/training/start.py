@@ -6,9 +6,41 @@ from pathlib import Path
 from megalite.checkpoint.format import CheckpointError, list_steps
 from megalite.checkpoint.hf import import_folder
 from megalite.checkpoint.hf_folder import CONFIG_FILE, HFFolder
-from megalite.checkpoint.load import find_checkpoint, read_config
+from megalite.checkpoint.load import find_checkpoint, newest_checkpoint, read_config, require_checkpoint
+from megalite.config.model import ModelConfig
 from megalite.config.run import CheckpointConfig, RunConfig
+from megalite.config.section import ConfigError
 from megalite.training.world import on_rank_0
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+
+
+def with_model_of_start(run: RunConfig) -> RunConfig:
+    """A run that begins with a model, with that model's shape and tokenizer where it states none.
+
+    Raises ConfigError for a run that begins with none, CheckpointError for a start that cannot be read.
+    """
+    if run.checkpoint.start_from is None:
+        raise ConfigError(
+            "this launcher goes on with a model that is there, and checkpoint.start_from is null: name a "
+            "run's folder, its checkpoints, or a Hugging Face folder"
+        )
+    model, tokenizer = _describe_start(Path(run.checkpoint.start_from))
+    if "model" not in run.model_fields_set:
+        run = run.model_copy(update={"model": model})
+    if run.data.tokenizer is None:
+        run = run.model_copy(update={"data": run.data.model_copy(update={"tokenizer": tokenizer})})
+    return run
+
+
+def _describe_start(source: Path) -> tuple[ModelConfig, str | None]:
+    """Shape and tokenizer; no tensor is read."""
+    if not (source / CONFIG_FILE).exists():
+        checkpoint = newest_checkpoint(source) or require_checkpoint(source, setting="checkpoint.start_from")
+        run = read_config(checkpoint)
+        return run.model, run.data.tokenizer
+    has_tokenizer = any((source / name).exists() for name in TOKENIZER_FILES)
+    return HFFolder(source).model, str(source) if has_tokenizer else None
 
 
 def find_start(source: str, output_dir: str, rank: int, report: Callable[[str], None]) -> Path:

@@ -1,0 +1,21 @@
+"""Tune a model to prefer the better of two answers, by DPO or SimPO: one process per device.
+
+deepspeed launchers/prefer.py --deepspeed_config configs/deepspeed/zero3.json \
+          checkpoint.start_from=runs/tuned data.train=pairs.jsonl
+"""
+
+import os
+import sys
+
+from megalite.training.command import launch
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; returns the exit status."""
+    return launch(__doc__, "prefer", argv)
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # gloo's threads outlive their groups, and abort an interpreter that shuts down slowly
