@@ -13,7 +13,6 @@ from megalite.config.section import (
     PositiveInt,
     Section,
 )
-from megalite.config.tuning import LoraConfig, PreferenceConfig
 
 
 class ParallelConfig(Section):
@@ -63,15 +62,6 @@ class DataConfig(Section):
     cache_dir: str | None = Field(
         None,
         description="Folder that keeps shuffled indices; null means `cache` beside the first training file.",
-    )
-    chat_template: str | None = Field(
-        None,
-        description="Fine-tuning: how conversations become text: a Jinja file, or the name of a template of "
-        "ours; null means the tokenizer's own.",
-    )
-    packing: bool = Field(
-        True,
-        description="Fine-tuning: whether conversations share a sample, each attending to itself alone.",
     )
     allow_other_data: bool = Field(
         False,
@@ -199,14 +189,9 @@ class LoggingConfig(Section):
 class RunConfig(Section):
     """One training run. The DeepSpeed JSON owns batch sizes, precision, ZeRO and gradient clipping."""
 
-    task: Literal["pretrain", "finetune", "prefer"] = Field(
-        "pretrain", description="What is learnt: token files, conversations, or pairs; each has its launcher."
-    )
     model: ModelConfig = Field(default_factory=ModelConfig, description="Shape of the model.")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Layout over ranks.")
     data: DataConfig = Field(default_factory=DataConfig, description="Source of the tokens.")
-    lora: LoraConfig = Field(default_factory=LoraConfig, description="Adapters in place of weights.")
-    preference: PreferenceConfig = Field(default_factory=PreferenceConfig, description="Loss on pairs.")
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig, description="Optimizer.")
     balancing: BalancingConfig = Field(default_factory=BalancingConfig, description="Load of experts.")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Length and learning rate.")
