@@ -1,31 +1,39 @@
 """tools/convert_from_hf.py and tools/convert_to_hf.py, each a process of its own, its start in the time and
-the comparison at the end left out, against a plain copy of the files that it reads, synced. MB are of those
-files: a folder in bf16 is imported into a checkpoint in fp32, twice as large, and that is exported again. The
-folder is Llama 2's 7B with as many of its 32 layers as a third of the free disk has room for, in a sparse
-file of zeros. Memory is the converter's own at its peak, without the files that it maps.
+the comparison with transformers left out (--no-verify), against `cp` of the files that it reads, synced, in
+turns. A folder in bf16 is imported into a checkpoint, whose checksums are made, and that is exported again,
+whose checksums are verified. The folder is Llama 2's 7B, random, with as many of its 32 layers as the free
+disk has room for. What a command or `cp` reads is not in the page cache when it starts; MB are of that.
+Memory is the converter's at its peak, with all files that it maps. At the end the export equals the folder.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median, quantiles
 from typing import NamedTuple
+
+import torch
 
 from benchmarks.measurement import Measurement
 from megalite.checkpoint.hf_config import hf_config
+from megalite.checkpoint.hf_folder import HFFolder
 from megalite.checkpoint.weights import model_parts
 from megalite.config.model import ModelConfig
+from megalite.files import sync
 from megalite.model.flops import num_parameters
 
 TITLE = "Conversion"
-PEER = "a file copy"
+PEER = "cp and fsync"
 ROOT = Path(__file__).resolve().parents[1]
 NUM_LAYERS = (32, 16, 8, 4, 2, 1)
-TIMES_THE_FOLDER = 6  # folder 1, checkpoint 2, copy 2 at most, export 1
-CHUNK_BYTES = 1 << 24
+TIMES_THE_FOLDER = 3  # itself, the checkpoint, and a copy or the export
+FREE_SHARE = 0.8  # that may be used
+NUM_ROUNDS = 3
 LOOK_EVERY_SECONDS = 0.02
 
 
@@ -49,13 +57,13 @@ def largest_that_fits(free_bytes: int) -> ModelConfig:
             max_position_embeddings=4096,
         )
         needed = 2 * num_parameters(model) * TIMES_THE_FOLDER
-        if needed < free_bytes / 3:
+        if needed < FREE_SHARE * free_bytes:
             return model
-    raise RuntimeError(f"{free_bytes:,} bytes are free, three times {needed:,} are needed: make room")
+    raise RuntimeError(f"{free_bytes:,} bytes are free, {needed / FREE_SHARE:,.0f} are needed: make room")
 
 
 def write_folder(folder: Path, model: ModelConfig) -> None:
-    """config.json, and one file of zeros that takes no room."""
+    """config.json, and one file of random weights."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(hf_config(model, "bfloat16")), encoding="utf-8")
     header, end = {}, 0
@@ -64,13 +72,23 @@ def write_folder(folder: Path, model: ModelConfig) -> None:
         header[part.name] = {"dtype": "BF16", "shape": part.shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    random = torch.randn(25_000_003).bfloat16().view(torch.uint8).numpy().data  # no tensor is like another
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+        for start in range(0, end, len(random)):
+            file.write(random[: end - start])
 
 
 def _num_elements(shape: tuple[int, ...]) -> int:
     return shape[0] * (shape[1] if len(shape) > 1 else 1)
+
+
+def settle(folder: Path) -> None:
+    """All that was written is on the disk, and the folder's files are nowhere else."""
+    os.sync()
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def run_command(*arguments: str) -> Cost:
@@ -79,54 +97,72 @@ def run_command(*arguments: str) -> Cost:
     command = [sys.executable, *arguments, "--no-verify"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         while process.poll() is None:
-            peak = max(peak, _own_bytes(process.pid))
+            peak = max(peak, _peak_bytes(process.pid))
             time.sleep(LOOK_EVERY_SECONDS)
+        seconds = time.perf_counter() - started
         errors = process.stderr.read().decode() if process.stderr else ""
     if process.returncode:
         raise RuntimeError(f"{arguments[0]} failed: {errors[-500:]}")
-    return Cost(time.perf_counter() - started, peak)
+    return Cost(seconds, peak)
 
 
-def _own_bytes(pid: int) -> int:
-    """Memory of a process that is no mapped file (Linux)."""
+def _peak_bytes(pid: int) -> int:
+    """The most memory of a process so far, mapped files and all (Linux)."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon")), 0)
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
 
 
 def copy_seconds(source: Path, target: Path) -> float:
-    """Of a copy of all files of a folder; the copy is removed afterwards."""
+    """Of a copy of all files of a folder, until it is on the disk; it is removed afterwards."""
     started = time.perf_counter()
-    target.mkdir()
-    for path in source.iterdir():
-        with path.open("rb") as reading, (target / path.name).open("wb") as writing:
-            while chunk := reading.read(CHUNK_BYTES):
-                writing.write(chunk)
-            writing.flush()
-            subprocess.run(["sync", str(target / path.name)], check=True)
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    for path in target.iterdir():
+        with path.open("rb") as file:
+            sync(file)
     seconds = time.perf_counter() - started
     shutil.rmtree(target)
     return seconds
 
 
-def rows(name: str, source: Path, copy: float, cost: Cost) -> list[Measurement]:
-    """Speed beside the copy's, and memory."""
+def in_turns(name: str, source: Path, target: Path, *command: str) -> list[Measurement]:
+    """Speed beside a copy's, and memory, of a command that reads `source` and writes `target`."""
+    copies, costs = [], []
+    for _ in range(NUM_ROUNDS):
+        shutil.rmtree(target, ignore_errors=True)
+        settle(source)
+        copies.append(copy_seconds(source, target.with_name("copy")))
+        settle(source)
+        costs.append(run_command(*command))
+        print(f"{name}: cp {copies[-1]:.1f} s, {costs[-1].seconds:.1f} s", file=sys.stderr, flush=True)
     megabytes = sum(path.stat().st_size for path in source.iterdir()) / 1e6
-    speeds = megabytes / cost.seconds, megabytes / copy
-    memory = Measurement(f"{name}, peak memory", "MB", cost.peak_bytes / 1e6, None, higher_is_better=False)
-    return [Measurement(f"{name} of {megabytes:,.0f} MB", "MB/s", *speeds), memory]
+    speeds = megabytes / median(cost.seconds for cost in costs), megabytes / median(copies)
+    ratios = [copy / cost.seconds for copy, cost in zip(copies, costs, strict=True)]
+    low, _, high = quantiles(ratios, n=4)
+    peak = max(cost.peak_bytes for cost in costs) / 1e6
+    return [
+        Measurement(f"{name} of {megabytes:,.0f} MB", "MB/s", *speeds, spread=(low, high)),
+        Measurement(f"{name}, peak memory", "MB", peak, None, higher_is_better=False),
+    ]
+
+
+def check_equal(exported: Path, folder: Path) -> None:
+    """Raise RuntimeError unless both hold the same tensors, bit for bit."""
+    ours, theirs = HFFolder(exported).tensors, HFFolder(folder).tensors
+    bits = torch.int16
+    if ours.keys() != theirs.keys() or not all(ours[k].view(bits).equal(theirs[k].view(bits)) for k in ours):
+        raise RuntimeError("the export is not the folder that was imported")
 
 
 def measure() -> list[Measurement]:
     """Both ways."""
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
-        folder, checkpoints = root / "folder", root / "run" / "checkpoints"
+        folder, checkpoints, exported = root / "folder", root / "checkpoints", root / "exported"
         write_folder(folder, largest_that_fits(shutil.disk_usage(root).free))
-        copy = copy_seconds(folder, root / "copy")
-        arguments = ["--model", str(folder), "--output", str(checkpoints)]
-        found = rows("import", folder, copy, run_command("tools/convert_from_hf.py", *arguments))
+        there = ["tools/convert_from_hf.py", "--model", str(folder), "--output", str(checkpoints)]
+        found = in_turns("import", folder, checkpoints, *there)
+        back = ["tools/convert_to_hf.py", "--checkpoint", str(checkpoints), "--output", str(exported)]
         checkpoint = checkpoints / "step-00000000"
-        copy = copy_seconds(checkpoint, root / "copy")
-        arguments = ["--checkpoint", str(checkpoints), "--output", str(root / "exported")]
-        cost = run_command("tools/convert_to_hf.py", *arguments, "--tokenizer", "none")
-        return found + rows("export", checkpoint, copy, cost)
+        found += in_turns("export", checkpoint, exported, *back, "--tokenizer", "none")
+        check_equal(exported, folder)
+        return found

@@ -16,8 +16,8 @@ from megalite.model.flops import num_parameters
 EPILOG = """\
 The checkpoint is of step 0 and holds weights alone. A run begins with it under checkpoint.start_from, in any
 layout, and its config.yaml states the model for --config; tools/generate.py continues prompts with it. No GPU
-is needed. Memory: one tensor, of experts one; the comparison with transformers at the end holds the model
-twice, in float32.
+is needed. Memory: two tensors and 0.5 GB; the comparison with transformers at the end holds the model twice,
+in float32.
 
 example:
   python tools/convert_from_hf.py --model downloads/llama --output runs/llama/checkpoints

@@ -3,13 +3,16 @@
 import argparse
 import re
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
+from megalite.checkpoint.format import CheckpointError
 from megalite.checkpoint.hf import export
-from megalite.checkpoint.load import PLACES, read_config, require_checkpoint
+from megalite.checkpoint.load import PLACES, newest_checkpoint, read_config, require_checkpoint
 from megalite.checkpoint.proof import prove
 from megalite.checkpoint.verification import verify_export
 from megalite.checkpoint.weights import DTYPES, Weights
@@ -24,7 +27,7 @@ from megalite.tokenizer.tokenizer import Tokenizer
 
 EPILOG = """\
 The folder loads with AutoModelForCausalLM and AutoTokenizer of transformers 4 and 5. No GPU is needed, and
-the checkpoint may come from any number of processes. Memory: one tensor, of experts one; the comparison with
+the checkpoint may come from any number of processes. Memory: two tensors and 0.5 GB; the comparison with
 transformers at the end holds the model twice, in float32.
 
 example:
@@ -66,28 +69,67 @@ def parse_bytes(text: str) -> int:
     return size_bytes
 
 
+class DamagedError(CheckpointError):
+    """The files that are exported do not match their checksums."""
+
+
 def convert(arguments: argparse.Namespace) -> int:
     """Export, and verify if asked to, or if it fits and nothing was said; 0 when all is well."""
+    weights = export_valid(arguments)
+    num_elements = num_parameters(weights.model)
+    print(f"wrote {num_elements:,} parameters of {weights.checkpoint} to {arguments.output}")
+    about = f"{arguments.output} does not agree with {weights.checkpoint}"
+    return prove(lambda: verify_export(weights, arguments.output), weights.model, arguments.verify, about)
+
+
+def export_valid(arguments: argparse.Namespace) -> Weights:
+    """Export the newest valid checkpoint; what was exported.
+
+    The newest is exported while its checksums are computed: its files are read once. The export gets its name
+    when they match. Where they do not, it vanishes, and that of an older one is made.
+    """
     print(f"checking the files of {arguments.checkpoint}", file=sys.stderr)
-    checkpoint = require_checkpoint(arguments.checkpoint, lambda line: print(line, file=sys.stderr))
+    with ThreadPoolExecutor(1) as beside:
+        report = partial(print, file=sys.stderr)
+        valid = beside.submit(require_checkpoint, arguments.checkpoint, report)
+        newest = newest_checkpoint(arguments.checkpoint) or valid.result()
+
+        def confirm() -> None:
+            if valid.result() != newest:
+                raise DamagedError(f"{newest} is damaged")
+
+        try:
+            return export_one(newest, arguments, confirm)
+        except Exception:
+            if valid.result() == newest:
+                raise
+        return export_one(valid.result(), arguments)
+
+
+def export_one(
+    checkpoint: Path, arguments: argparse.Namespace, confirm: Callable[[], None] = lambda: None
+) -> Weights:
+    """Export a checkpoint, which `confirm` may still refuse when all is written."""
     run = read_config(checkpoint)
     tokenizer = open_tokenizer(arguments.tokenizer or run.data.tokenizer, run.model)
     weights = Weights(checkpoint, with_end_of_text(run.model, tokenizer), arguments.dtype)
     card = format_card(weights)
-    num_elements = num_parameters(weights.model)
+
+    def add_files(folder: Path) -> None:
+        save_texts(card, tokenizer, run.model, folder)
+        confirm()
+
     with tqdm(total=weights.size_bytes, unit="B", unit_scale=True, desc="writing") as bar:
         export(
             weights,
             arguments.output,
             max_shard_bytes=arguments.max_shard_size,
-            add_files=partial(save_texts, card, tokenizer, run.model),
+            add_files=add_files,
             progress=bar.update,
         )
-    print(f"wrote {num_elements:,} parameters of {checkpoint} to {arguments.output}")
     if tokenizer is None:
         print("without a tokenizer: name one with --tokenizer to add it", file=sys.stderr)
-    about = f"{arguments.output} does not agree with {checkpoint}"
-    return prove(lambda: verify_export(weights, arguments.output), run.model, arguments.verify, about)
+    return weights
 
 
 def open_tokenizer(name: str | None, model: ModelConfig) -> Tokenizer | None:

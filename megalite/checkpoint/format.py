@@ -4,7 +4,7 @@
         manifest.json            every file's size and sha256, every tensor's shape; written last
         state.json               step, consumed samples: whatever the trainer hands over
         config.yaml, deepspeed.json
-        rank-00000.safetensors   the pieces that rank 0 owned, as flat float32 tensors, and a table of them
+        rank-00000.safetensors   the pieces that rank 0 owned, as flat tensors, and a table of them
 
 The content does not depend on the layout that wrote it: a tensor is stored under its full logical name and
 shape, in pieces that say which box of the full tensor they lie in and which flat range of that box they are.
@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from megalite.error import UserError
 from megalite.parallel.shard import ShardSpec
 
 FORMAT_VERSION = 1
-STORED_DTYPE = torch.float32  # of every tensor
+WIDEST_DTYPE = torch.float32  # of what is stored
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
 
 Shape = tuple[int, ...]
@@ -53,11 +54,13 @@ class Piece:
 
     kind:   "weight" (in the highest precision that there is), "buffer" (state that is no parameter), or the
         optimizer's name for something that it keeps per element.
-    tensor: 1-D floats of at most 32 bits, on any device; stored as float32, which is exact. A live view:
-        loading writes into it, and rounds to its dtype (a rank's bfloat16 copy of its weights).
+    tensor: 1-D floats of at most 32 bits, on any device. float32, bfloat16 and float16 are stored as they
+        are, others as float32, which is exact. A live view: loading writes into it, and rounds to its dtype
+        (a rank's bfloat16 copy of its weights).
+    read:   gives the numbers when they are to be written; then `tensor` may be on the device "meta".
     owned:  this rank writes it. Over all ranks, each element of each (kind, name) is owned exactly once.
 
-    Raises CheckpointError for integers and other tensors that float32 does not hold.
+    Raises CheckpointError for integers and wider floats.
     """
 
     name: str
@@ -68,12 +71,13 @@ class Piece:
     flat_start: int
     tensor: torch.Tensor
     owned: bool = True
+    read: Callable[[], torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         dtype, what = self.tensor.dtype, f"{self.kind} {self.name}"
-        if not dtype.is_floating_point or dtype.itemsize > STORED_DTYPE.itemsize:
+        if not dtype.is_floating_point or dtype.itemsize > WIDEST_DTYPE.itemsize:
             raise CheckpointError(
-                f"{what}: {dtype} does not fit into {STORED_DTYPE}, as which it would be stored: "
+                f"{what}: {dtype} does not fit into {WIDEST_DTYPE}, the widest that is stored: "
                 "let the trainer's state hold it"
             )
         if self.tensor.ndim != 1:

@@ -2,17 +2,18 @@
 
 import json
 import pickle
+from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from megalite.checkpoint.format import CheckpointError
 from megalite.checkpoint.hf_config import model_config
-from megalite.checkpoint.tensor_file import DTYPE_NAMES
+from megalite.checkpoint.tensor_file import DTYPE_NAMES, TensorFile
 from megalite.checkpoint.weights import Part
 from megalite.config.model import ModelConfig
 
@@ -30,7 +31,8 @@ class HFFolder:
     Attributes:
         path: of the folder.
         config: its config.json.
-        tensors: all of them by name; mapped files, which are read when an element is used.
+        tensors: all of them by name; mapped files, which are read when an element is used. A tensor is mapped
+            when it is asked for, so that what was read does not stay in memory longer than it is held.
 
     Raises CheckpointError when a file is missing or damaged.
     """
@@ -38,9 +40,7 @@ class HFFolder:
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.config = _read_json(self.path / CONFIG_FILE)
-        self.tensors: dict[str, torch.Tensor] = {}
-        for file in self._files():
-            self.tensors |= _map_tensors(file)
+        self.tensors: Mapping[str, torch.Tensor] = ChainMap(*map(_map_tensors, self._files()))
 
     @cached_property
     def model(self) -> ModelConfig:
@@ -97,11 +97,10 @@ class HFFolder:
         return files
 
 
-def _map_tensors(file: Path) -> dict[str, torch.Tensor]:
+def _map_tensors(file: Path) -> Any:
     try:
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as source:
-                return {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118
+            return TensorFile(file)
         return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except (SafetensorError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

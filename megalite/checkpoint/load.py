@@ -1,18 +1,19 @@
 """Find the newest valid checkpoint, and fill live tensors from it, whatever layout wrote it."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from megalite.checkpoint.agreement import Gather, alone, on_all_ranks
 from megalite.checkpoint.format import (
     CONFIG,
     STATE,
-    STORED_DTYPE,
+    WIDEST_DTYPE,
     CheckpointError,
     Manifest,
     Piece,
@@ -27,7 +28,7 @@ from megalite.checkpoint.format import (
     step_folder,
 )
 from megalite.checkpoint.reshard import Window, overlaps
-from megalite.checkpoint.tensor_file import hash_file
+from megalite.checkpoint.tensor_file import TensorFile, hash_file
 from megalite.config.load import load_run
 from megalite.config.run import RunConfig
 
@@ -97,6 +98,11 @@ def require_checkpoint(
             "tools/convert_from_hf.py"
         )
     raise CheckpointError(f"{where}no checkpoint in {path}: expected {PLACES}")
+
+
+def newest_checkpoint(path: Path) -> Path | None:
+    """The newest checkpoint at `path`, valid or not: no file is read. None when there is none."""
+    return next(iter(_candidates(Path(path))), None)
 
 
 def _candidates(path: Path) -> list[Path]:
@@ -185,18 +191,35 @@ class TensorReader:
             (entry.kind, entry.name): entry.full_shape for entry in self.manifest.tensors
         }
         self._tables: dict[str, dict[tuple[str, str], list[PieceRow]]] = {}
-        self._sources: dict[str, Any] = {}
+        self._sources: dict[str, TensorFile] = {}
 
     def read(self, kind: str, name: str) -> torch.Tensor:
         """One full logical float32 tensor."""
         shape = self._shape(kind, name)
         return self.read_box(kind, name, (0,) * len(shape), shape)
 
-    def read_box(self, kind: str, name: str, start: Shape, shape: Shape) -> torch.Tensor:
-        """The box [start, start + shape) of a logical tensor, float32; what lies around it is not read."""
-        box = torch.empty(shape, dtype=STORED_DTYPE)
+    def read_box(
+        self, kind: str, name: str, start: Shape, shape: Shape, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """The box [start, start + shape) of a logical tensor, float32; what lies around it is not read.
+
+        dtype: to round to; then the box may lie in the mapped file, to be used and not to be kept.
+        """
+        if dtype:
+            mapped = self._mapped(kind, name, Region(start, shape, 0, math.prod(shape)))
+            if mapped is not None:
+                return mapped.view(shape).to(dtype)
+        box = torch.empty(shape, dtype=dtype or WIDEST_DTYPE)
         self.fill([Piece(name, kind, self._shape(kind, name), start, shape, 0, box.view(-1))])
         return box
+
+    def _mapped(self, kind: str, name: str, region: Region) -> torch.Tensor | None:
+        """A region where it lies, in its own dtype, if one piece is just that."""
+        for file in self._nearest_files(0):
+            for row in self._table(file).get((kind, name), ()):
+                if row.region == region:
+                    return self._source(file)[row.key]
+        return None
 
     def check(self, pieces: Iterable[Piece]) -> None:
         """Raise CheckpointError unless the checkpoint has each piece's tensor in the piece's full shape."""
@@ -252,10 +275,13 @@ class TensorReader:
         found = [(i, p, table[p.kind, p.name]) for i, p in wanted if (p.kind, p.name) in table]
         if not found:
             return
-        if file not in self._sources:
-            self._sources[file] = safe_open(self.checkpoint / file, framework="pt")
         for i, piece, rows in found:
-            yield i, sum(_copy(self._sources[file], row, piece) for row in rows)
+            yield i, sum(_copy(self._source(file), row, piece) for row in rows)
+
+    def _source(self, file: str) -> TensorFile:
+        if file not in self._sources:
+            self._sources[file] = TensorFile(self.checkpoint / file)
+        return self._sources[file]
 
     def _shape(self, kind: str, name: str) -> Shape:
         try:
@@ -279,8 +305,7 @@ class TensorReader:
 def read_piece_table(path: Path) -> list[PieceRow]:
     """The pieces in a rank's file. Raises CheckpointError when the file is not one, or is cut off."""
     try:
-        with safe_open(path, framework="pt") as file:
-            rows = json.loads((file.metadata() or {})["pieces"])
+        rows = json.loads(TensorFile(path).metadata["pieces"])
         table = [
             PieceRow(key, kind, name, tuple(shape), Region(tuple(start), tuple(box), flat_start, size))
             for key, kind, name, shape, (start, box, flat_start, size) in rows
@@ -292,14 +317,14 @@ def read_piece_table(path: Path) -> list[PieceRow]:
     return table
 
 
-def _copy(source: Any, row: PieceRow, piece: Piece) -> int:
+def _copy(source: TensorFile, row: PieceRow, piece: Piece) -> int:
     """Copy what a file's tensor and a live piece have in common; the number of elements."""
     pairs = overlaps(row.region, piece.region)
     if not pairs:
         return 0
-    flat = source.get_slice(row.key)
+    flat = source[row.key]
     return sum(_view(piece.tensor, here).copy_(_view(flat, there)).numel() for there, here in pairs)
 
 
-def _view(flat: Any, window: Window) -> torch.Tensor:
+def _view(flat: torch.Tensor, window: Window) -> torch.Tensor:
     return flat[window.start : window.stop].view(window.shape)[window.cut]

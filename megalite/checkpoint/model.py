@@ -81,7 +81,7 @@ def build_transformers_model(weights: Weights) -> Any:
     fields = hf_config(weights.model, weights.dtype)
     model_class: Any = getattr(transformers, fields["architectures"][0])
     config = model_class.config_class.from_dict(fields)
-    state = {name: weights.read(name) for name in weights.parts}
+    state = {name: weights.read(name).clone() for name in weights.parts}
     return model_class.from_pretrained(None, config=config, state_dict=state, dtype=DTYPES[weights.dtype])
 
 

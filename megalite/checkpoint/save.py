@@ -22,7 +22,7 @@ from megalite.checkpoint.agreement import Gather, on_all_ranks
 from megalite.checkpoint.format import (
     MANIFEST,
     STATE,
-    STORED_DTYPE,
+    WIDEST_DTYPE,
     CheckpointError,
     FileEntry,
     Manifest,
@@ -36,7 +36,7 @@ from megalite.checkpoint.format import (
 )
 from megalite.checkpoint.load import read_piece_table
 from megalite.checkpoint.reshard import check_coverage
-from megalite.checkpoint.tensor_file import Entry, write_tensor_file, write_text_file
+from megalite.checkpoint.tensor_file import DTYPE_NAMES, Entry, write_tensor_file, write_text_file
 from megalite.files import ASIDE, sync_folder
 
 
@@ -127,7 +127,9 @@ def _write_pieces(aside: Path, pieces: Sequence[Piece], rank: int) -> _Share:
 
 
 def _entry(row: PieceRow, piece: Piece) -> Entry:
-    return Entry(row.key, (row.region.size,), STORED_DTYPE, lambda: piece.tensor)
+    own = piece.tensor.dtype
+    dtype = own if own in DTYPE_NAMES else WIDEST_DTYPE
+    return Entry(row.key, (row.region.size,), dtype, piece.read or (lambda: piece.tensor))
 
 
 def _write_texts(aside: Path, state: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, FileEntry]:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from megalite.checkpoint.format import CONFIG, STORED_DTYPE, CheckpointError, Shape
+from megalite.checkpoint.format import CONFIG, WIDEST_DTYPE, CheckpointError, Shape
 from megalite.checkpoint.load import TensorReader
 from megalite.checkpoint.tensor_file import DTYPE_NAMES
 from megalite.config.model import ModelConfig
@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
     def dtype_among(self, weights: torch.dtype) -> torch.dtype:
         """Its number format where weights have that one."""
-        return weights if self.kind == "weight" else STORED_DTYPE
+        return weights if self.kind == "weight" else WIDEST_DTYPE
 
 
 def model_parts(model: ModelConfig) -> Iterator[Part]:
@@ -95,18 +95,24 @@ class Weights:
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor; of a stack of experts no more than this one is read.
 
+        It may lie in a mapped file: clone it to keep it longer than the checkpoint.
+
         Raises CheckpointError when it holds a number that the dtype does not reach.
         """
         part, dtype = self.parts[name], self.dtype_of(name)
-        full = self._reader.read_box(part.kind, part.tensor, *part.box).view(part.shape)
-        rounded = full.to(dtype)
-        infinite = rounded.isinf()
-        if infinite.any() and (infinite & full.isfinite()).any():
+        rounded = self._reader.read_box(part.kind, part.tensor, *part.box, dtype).view(part.shape)
+        if dtype != WIDEST_DTYPE and not all(extreme.isfinite() for extreme in rounded.aminmax()):
+            self._check_reach(part, dtype)
+        return rounded
+
+    def _check_reach(self, part: Part, dtype: torch.dtype) -> None:
+        """Raise CheckpointError where rounding made a finite number infinite."""
+        full = self._reader.read_box(part.kind, part.tensor, *part.box)
+        if full.to(dtype).isinf().sum() > full.isinf().sum():
             largest, limit = full[full.isfinite()].abs().max(), torch.finfo(dtype).max
             raise CheckpointError(
-                f"weight {name} reaches {largest:.4g}, {dtype} ends at {limit:.4g}: use float32"
+                f"weight {part.name} reaches {largest:.4g}, {dtype} ends at {limit:.4g}: use float32"
             )
-        return rounded
 
     def _check_shapes(self, kind: str) -> None:
         expected = {part.tensor: part.full_shape for part in self.parts.values() if part.kind == kind}

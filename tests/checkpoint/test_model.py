@@ -2,13 +2,17 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import megalite
 from megalite.checkpoint.format import CheckpointError
+from megalite.checkpoint.hf import export, import_folder
+from megalite.checkpoint.hf_folder import HFFolder
 from megalite.checkpoint.model import load_stage
+from megalite.checkpoint.weights import Weights
 from megalite.parallel.plan import LayerPlan
 from tests.checkpoint.llamas import logits, random_llama, save_llama, tiny_run
 
@@ -38,6 +42,22 @@ def test_load_rounds_to_the_dtype_that_it_is_asked_for(tmp_path, dtype):
     llama, _ = save(tmp_path)
     model = megalite.load(tmp_path, dtype=dtype, device="cpu")
     assert model.lm_head.weight.equal(llama.lm_head.weight.bfloat16())
+
+
+def test_a_loaded_model_does_not_lie_in_the_checkpoints_files(tmp_path):
+    """They may be removed, or lie on a network, while the model is in use."""
+    run = tiny_run()
+    llama = random_llama(run.model)
+    checkpoint = save_llama(tmp_path / "checkpoints", llama, run)
+    imported = import_folder(
+        HFFolder(export(Weights(checkpoint, run.model), tmp_path / "hf")), tmp_path / "b", run
+    )
+    mapped = Weights(imported, run.model).read("model.norm.weight")
+    assert str(imported) in Path("/proc/self/maps").read_text() and mapped.any()
+    model = megalite.load(imported)
+    del mapped
+    assert str(imported) not in Path("/proc/self/maps").read_text()
+    assert logits(model).equal(logits(llama))
 
 
 def test_load_refuses_a_dtype_that_it_does_not_know_and_a_path_without_a_checkpoint(tmp_path):

@@ -212,7 +212,7 @@ def test_a_bug_keeps_its_traceback_where_it_is_and_the_other_ranks_hear_of_it(tm
         ),
         (
             {"tensor": torch.zeros(4, dtype=torch.bool)},
-            "torch.bool does not fit into torch.float32, as which",
+            "torch.bool does not fit into torch.float32, the widest that is stored",
         ),
         ({"tensor": torch.zeros(4, dtype=torch.float64)}, "torch.float64 does not fit"),
         ({"tensor": torch.zeros(4, dtype=torch.complex64)}, "torch.complex64 does not fit"),

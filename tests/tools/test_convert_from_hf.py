@@ -14,6 +14,7 @@ from megalite.checkpoint.load import TensorReader, read_config, read_state
 from megalite.checkpoint.weights import Weights
 from megalite.tokenizer.load import build_byte_tokenizer
 from tests.checkpoint.llamas import EXPERT_VARIANTS, VARIANTS, logits, random_llama, tensors_of, tiny_run
+from tests.tools.room import room_for
 from tools import convert_from_hf, generate
 
 EVERY_VARIANT = VARIANTS | EXPERT_VARIANTS
@@ -90,6 +91,25 @@ def test_the_checkpoint_holds_the_weights_and_the_model_of_transformers(tmp_path
     assert run.model == tiny_run(variant).model.model_copy(update=transformers_tokens(llama))
     assert (run.data.tokenizer, run.output_dir) == (None, str(tmp_path / "run"))
     assert state["step"] == state["consumed_samples"] == state["optimizer_steps"] == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_checkpoint_takes_no_more_room_than_the_folder(tmp_path, dtype):
+    save(tmp_path / "hf", "experts", dtype)
+    assert run_tool(tmp_path, "--no-verify") == 0
+    stored = load_file(checkpoint_of(tmp_path) / "rank-00000.safetensors")
+    there = tensors_in(tmp_path / "hf")
+    assert sum(tensor.nbytes for tensor in stored.values()) == sum(tensor.nbytes for tensor in there.values())
+    assert {tensor.dtype for tensor in stored.values()} == {DTYPES[dtype], torch.float32}  # the biases
+
+
+def test_a_disk_without_room_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    save(tmp_path / "hf")
+    with room_for(20_000):
+        assert run_tool(tmp_path) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "step-00000000 was not saved" in lines[0] and "File too large" in lines[0]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 def transformers_tokens(llama) -> dict:

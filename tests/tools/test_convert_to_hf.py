@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megalite.checkpoint.weights import Weights
 from megalite.tokenizer.load import build_byte_tokenizer
 from tests.checkpoint.llamas import EXPERT_VARIANTS, VARIANTS, logits, random_llama, save_llama, tiny_run
+from tests.tools.room import room_for
 from tools import convert_to_hf
 
 
@@ -86,6 +88,47 @@ def test_the_newest_valid_checkpoint_is_taken_and_a_damaged_one_named(tmp_path, 
     captured = capsys.readouterr()
     assert "step-00000020 is not valid and is skipped: rank-00001.safetensors is missing" in captured.err
     assert str(older) in captured.out
+
+
+def flip_a_bit(file):
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 0x40
+    file.write_bytes(data)
+
+
+def test_a_checkpoint_whose_damage_shows_after_it_was_exported_gives_way_to_an_older_one(tmp_path, capsys):
+    llama, older = save(tmp_path, step=10)
+    save(tmp_path, step=20)
+    flip_a_bit(tmp_path / "checkpoints" / "step-00000020" / "rank-00000.safetensors")
+    with torch.no_grad():
+        llama.model.norm.weight.fill_(0.125)  # so that it is seen whose weights were exported
+    save_llama(tmp_path / "checkpoints", llama, tiny_run(), 10)
+    assert run_tool(tmp_path, "--dtype", "float32") == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("step-00000020 is not valid and is skipped: rank-00000.safetensors") == 1
+    assert str(older) in captured.out and "step-00000020" not in captured.out
+    exported = load_file(tmp_path / "hf" / "model.safetensors")["model.norm.weight"]
+    assert exported.eq(0.125).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "hf"]
+
+
+@pytest.mark.parametrize("where", ["checkpoints", "checkpoints/step-00000010"])
+def test_a_damaged_checkpoint_alone_is_one_line_and_leaves_nothing(tmp_path, capsys, where):
+    _, checkpoint = save(tmp_path)
+    flip_a_bit(checkpoint / "rank-00001.safetensors")
+    assert run_tool(tmp_path, "--checkpoint", str(tmp_path / where)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "rank-00001.safetensors does not match its sha256" in lines[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_disk_without_room_is_one_line_and_leaves_nothing(tmp_path, capsys):
+    save(tmp_path)
+    with room_for(20_000):
+        assert run_tool(tmp_path) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "File too large" in lines[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 def test_a_named_tokenizer_goes_into_the_export_and_none_leaves_it_out(tmp_path, capsys):
