@@ -1,4 +1,4 @@
-"""Turn a megalite checkpoint into a Hugging Face folder: a Llama, a Qwen, or with experts a Glm4Moe."""
+"""Turn a megalite checkpoint into a Hugging Face folder: Llama, Qwen, Glm4Moe, or an adapter."""
 
 import argparse
 import re
@@ -7,12 +7,14 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from tqdm import tqdm
 
 from megalite.checkpoint.format import CheckpointError
 from megalite.checkpoint.hf import export
 from megalite.checkpoint.load import PLACES, newest_checkpoint, read_config, require_checkpoint
+from megalite.checkpoint.peft_folder import export_adapter
 from megalite.checkpoint.proof import prove
 from megalite.checkpoint.verification import verify_export
 from megalite.checkpoint.weights import DTYPES, Weights
@@ -31,15 +33,22 @@ The folder loads with AutoModelForCausalLM and AutoTokenizer of transformers 4 a
 the checkpoint may come from any number of processes. Memory: two tensors and 0.5 GB; the comparison with
 transformers at the end holds the model twice, in float32.
 
-example:
+A checkpoint of adapters is exported merged into its base, or with --adapter alone, as PEFT loads it.
+
+examples:
   python tools/convert_to_hf.py --checkpoint runs/default/checkpoints --output exported
+  python tools/convert_to_hf.py --checkpoint runs/tuned --output adapter --adapter
 """
+Result = TypeVar("Result")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; its exit status."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.adapter and arguments.verify:
+        parser.error("--verify compares whole models: leave out --adapter")
     return run_command(lambda: convert(arguments))
 
 
@@ -51,7 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
     where = f"{PLACES}; of several the newest valid one"
     add("--checkpoint", type=Path, required=True, help=where)
     add("--output", type=Path, required=True, help="folder to write; must not exist, or be empty")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="of the weights (default: %(default)s)")
+    alone = "write the adapter alone, a folder for PeftModel.from_pretrained (default: merged)"
+    add("--adapter", action="store_true", help=alone)
+    dtype = "of the weights (default: bfloat16, of an adapter float32)"
+    add("--dtype", choices=DTYPES, help=dtype)
     size = "largest file: 500MB, 5GB, 2GiB (default: %(default)s)"
     add("--max-shard-size", type=parse_bytes, default="5GB", help=size)
     tokenizer = "folder, file, 'bytes', or 'none' for no tokenizer (default: the run's data.tokenizer)"
@@ -76,15 +88,18 @@ class DamagedError(CheckpointError):
 
 def convert(arguments: argparse.Namespace) -> int:
     """Export, and verify if asked to, or if it fits and nothing was said; 0 when all is well."""
-    weights = export_valid(arguments)
+    if arguments.adapter:
+        print(export_valid(arguments, export_one_adapter))
+        return 0
+    weights = export_valid(arguments, export_one)
     num_elements = num_parameters(weights.model)
     print(f"wrote {num_elements:,} parameters of {weights.checkpoint} to {arguments.output}")
     about = f"{arguments.output} does not agree with {weights.checkpoint}"
     return prove(lambda: verify_export(weights, arguments.output), weights.model, arguments.verify, about)
 
 
-def export_valid(arguments: argparse.Namespace) -> Weights:
-    """Export the newest valid checkpoint; what was exported.
+def export_valid(arguments: argparse.Namespace, write: Callable[..., Result]) -> Result:
+    """Export the newest valid checkpoint as `write` does; what that returns.
 
     The newest is exported while its checksums are computed: its files are read once. The export gets its name
     when they match. Where they do not, it vanishes, and that of an older one is made.
@@ -100,11 +115,11 @@ def export_valid(arguments: argparse.Namespace) -> Weights:
                 raise DamagedError(f"{newest} is damaged")
 
         try:
-            return export_one(newest, arguments, confirm)
+            return write(newest, arguments, confirm)
         except Exception:
             if valid.result() == newest:
                 raise
-        return export_one(valid.result(), arguments)
+        return write(valid.result(), arguments)
 
 
 def export_one(
@@ -113,11 +128,13 @@ def export_one(
     """Export a checkpoint, which `confirm` may still refuse when all is written."""
     run = read_config(checkpoint)
     tokenizer = open_tokenizer(arguments.tokenizer or run.data.tokenizer, run.model)
-    weights = Weights(checkpoint, with_end_of_text(run.model, tokenizer), arguments.dtype)
+    dtype = arguments.dtype or "bfloat16"
+    weights = Weights(checkpoint, with_end_of_text(run.model, tokenizer), dtype)
     card = format_card(weights)
 
     def add_files(folder: Path) -> None:
-        save_texts(card, tokenizer, run.model, folder)
+        write_text(folder / CARD_FILE, card)
+        save_tokenizer(tokenizer, run.model, folder)
         confirm()
 
     with tqdm(total=weights.size_bytes, unit="B", unit_scale=True, desc="writing") as bar:
@@ -128,11 +145,25 @@ def export_one(
             add_files=add_files,
             progress=bar.update,
         )
-    if tokenizer is None:
-        print("without a tokenizer: name one with --tokenizer to add it", file=sys.stderr)
-    elif misreading := find_misreading(arguments.output, tokenizer):
+    if tokenizer is not None and (misreading := find_misreading(arguments.output, tokenizer)):
         print(f"warning: {misreading}", file=sys.stderr)
     return weights
+
+
+def export_one_adapter(
+    checkpoint: Path, arguments: argparse.Namespace, confirm: Callable[[], None] = lambda: None
+) -> str:
+    """Export a checkpoint's adapter, as `export_one` does a model; what was written, in words."""
+    run = read_config(checkpoint)
+    tokenizer = open_tokenizer(arguments.tokenizer or run.data.tokenizer, run.model)
+
+    def add_files(folder: Path) -> None:
+        save_tokenizer(tokenizer, run.model, folder)
+        confirm()
+
+    dtype = arguments.dtype or "float32"
+    num_elements = export_adapter(checkpoint, arguments.output, dtype, add_files=add_files)
+    return f"wrote an adapter of {num_elements:,} parameters of {checkpoint} to {arguments.output}"
 
 
 def open_tokenizer(name: str | None, model: ModelConfig) -> Tokenizer | None:
@@ -148,10 +179,11 @@ def open_tokenizer(name: str | None, model: ModelConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def save_texts(card: str, tokenizer: Tokenizer | None, model: ModelConfig, folder: Path) -> None:
-    """Put the model card, and the tokenizer if there is one, into an export."""
-    write_text(folder / CARD_FILE, card)
-    if tokenizer is not None:
+def save_tokenizer(tokenizer: Tokenizer | None, model: ModelConfig, folder: Path) -> None:
+    """Put the tokenizer into an export, if there is one."""
+    if tokenizer is None:
+        print("without a tokenizer: name one with --tokenizer to add it", file=sys.stderr)
+    else:
         tokenizer.save(folder, model.max_position_embeddings)
 
 

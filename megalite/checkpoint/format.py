@@ -104,6 +104,12 @@ class Piece:
             owned=owned,
         )
 
+    @torch.no_grad()
+    def copy_from(self, full: torch.Tensor) -> None:
+        """Take its elements from the full tensor."""
+        box = full[tuple(slice(s, s + n) for s, n in zip(self.box_start, self.box_shape, strict=True))]
+        self.tensor.copy_(box.reshape(-1)[self.flat_start :][: self.tensor.numel()])
+
     @property
     def region(self) -> Region:
         """Where in the full tensor it lies."""

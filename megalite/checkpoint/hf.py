@@ -24,6 +24,8 @@ from megalite.config.load import dump_run
 from megalite.config.run import RunConfig
 from megalite.files import folder_aside
 
+IMPORTED_FROM = "imported_from"  # in state.json: the Hugging Face folder
+
 # Export
 
 
@@ -123,7 +125,8 @@ def import_folder(folder: HFFolder, root: Path, run: RunConfig) -> Path:
     parts = list(model_parts(run.model))
     folder.check(parts)
     pieces = [_piece(part, folder) for part in parts]
-    state = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0, "optimizer_steps": 0}
+    state: dict[str, Any] = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0, "optimizer_steps": 0}
+    state |= {IMPORTED_FROM: str(folder.path.resolve())}
     files = {CONFIG: dump_run(run)}
     return save_checkpoint(root, 0, pieces, state, files, rank=0, world_size=1, gather=alone, keep_last=0)
 

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from megalite.checkpoint.agreement import Gather, alone, on_all_ranks
+from megalite.checkpoint.base import base_of
 from megalite.checkpoint.format import (
     CONFIG,
     STATE,
@@ -47,12 +48,14 @@ def find_checkpoint(
 ) -> Path | None:
     """The newest valid checkpoint at `path`: every file of its manifest there, with its size and sha256.
 
+    Of one of adapters, the base must be valid as well, and the one that they were trained on.
+
     path: RUN_DIR/checkpoints or RUN_DIR, where damaged ones are skipped (`report` gets a line that says which
         and why); or one step folder, which must be valid.
     rank, world_size, gather: many ranks share out the checksums among them, and all get the same answer.
 
     None when there is no checkpoint at all. Raises CheckpointError when there are some and none is valid:
-    starting again from nothing is for a person to decide.
+    starting again from nothing is for a person to decide. Raises it for a missing or other base as well.
     """
     path = Path(path)
     exact = folder_step(path) is not None
@@ -62,6 +65,7 @@ def find_checkpoint(
     for folder in candidates:
         problems = [text for text in gather(_find_damage(folder, rank, world_size)) if text]
         if not problems:
+            _check_base(folder, report, rank=rank, world_size=world_size, gather=gather)
             return folder
         reasons.append(f"{folder.name}: {problems[0]}")
         if rank == 0 and not exact:
@@ -73,6 +77,14 @@ def find_checkpoint(
             f"no valid checkpoint in {path}: {'; '.join(reasons)}; move them away to start from the beginning"
         )
     return None
+
+
+def _check_base(folder: Path, report: Callable[[str], None], **ranks: Any) -> None:
+    """Raise CheckpointError unless what a checkpoint's adapters were trained on is there, and valid."""
+    base = on_all_ranks(ranks["gather"], lambda: base_of(folder))
+    if base is not None:
+        on_all_ranks(ranks["gather"], lambda: base.check(folder))
+        find_checkpoint(base.folder, report, **ranks)
 
 
 def require_checkpoint(
@@ -158,6 +170,7 @@ def load_pieces(
     rank: int = 0,
     gather: Gather | None = None,
     ignore_other_kinds: bool = False,
+    open_reader: Callable[[Path], "TensorReader"] | None = None,
 ) -> None:
     """Fill the live tensors of all pieces, owned or not, bit for bit, whatever layout wrote the checkpoint.
 
@@ -166,13 +179,14 @@ def load_pieces(
         checkpoint that no rank asks for is an error too.
     ignore_other_kinds: only the kinds that are asked for must fit, others stay where they are: a start from
         the weights of another run.
+    open_reader: what reads the checkpoint, if not a plain `TensorReader`: `open_weights` merges adapters.
 
     Raises CheckpointError when a tensor is missing or has another shape, or when the kinds of state are other
     ones (another optimizer's); then nothing has been written.
     The bytes are not verified again: `find_checkpoint` did that.
     """
     everywhere = gather or alone
-    reader = on_all_ranks(everywhere, lambda: TensorReader(checkpoint))
+    reader = on_all_ranks(everywhere, lambda: (open_reader or TensorReader)(checkpoint))
     asked = set().union(*everywhere({(piece.kind, piece.name) for piece in pieces}))
     reader.check_kinds({kind for kind, _ in asked}, exactly=gather is not None and not ignore_other_kinds)
     on_all_ranks(everywhere, lambda: reader.check(pieces))
@@ -182,12 +196,15 @@ def load_pieces(
 
 
 class TensorReader:
-    """Reads logical tensors out of one checkpoint; each file is opened once, when needed, and kept."""
+    """Reads logical tensors out of one checkpoint; each file is opened once, when needed, and kept.
+
+    shapes: the full shape of each tensor, by (kind, name).
+    """
 
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = Path(checkpoint)
         self.manifest: Manifest = read_manifest(self.checkpoint)
-        self._shapes: dict[tuple[str, str], Shape] = {
+        self.shapes: dict[tuple[str, str], Shape] = {
             (entry.kind, entry.name): entry.full_shape for entry in self.manifest.tensors
         }
         self._tables: dict[str, dict[tuple[str, str], list[PieceRow]]] = {}
@@ -233,7 +250,7 @@ class TensorReader:
 
     def check_kinds(self, asked: set[str], *, exactly: bool) -> None:
         """Raise CheckpointError unless the checkpoint has these kinds of state, and `exactly` these."""
-        stored = {kind for kind, _ in self._shapes}
+        stored = {kind for kind, _ in self.shapes}
         if not asked <= stored or (exactly and asked != stored):
             there, here = (", ".join(sorted(kinds)) or "nothing" for kinds in (stored, asked))
             raise CheckpointError(
@@ -244,7 +261,7 @@ class TensorReader:
     def check_all_used(self, asked: set[tuple[str, str]]) -> None:
         """Raise CheckpointError when the checkpoint has more tensors of the kinds that are asked for."""
         kinds = {kind for kind, _ in asked}
-        unused = sorted(pair for pair in self._shapes.keys() - asked if pair[0] in kinds)
+        unused = sorted(pair for pair in self.shapes.keys() - asked if pair[0] in kinds)
         if unused:
             raise CheckpointError(
                 f"{self.checkpoint} has {len(unused)} tensors that this model has not, {' '.join(unused[0])} "
@@ -285,7 +302,7 @@ class TensorReader:
 
     def _shape(self, kind: str, name: str) -> Shape:
         try:
-            return self._shapes[kind, name]
+            return self.shapes[kind, name]
         except KeyError:
             raise CheckpointError(f"{self.checkpoint} has no {kind} {name}") from None
 

@@ -15,7 +15,7 @@ import torch
 
 from megalite.checkpoint.agreement import alone
 from megalite.checkpoint.format import CONFIG, CheckpointError, Piece, list_steps
-from megalite.checkpoint.load import TensorReader, read_state
+from megalite.checkpoint.load import read_state
 from megalite.checkpoint.megatron import (
     BIAS,
     Layout,
@@ -164,7 +164,6 @@ def export_megatron(weights: Weights, output: Path, target: Target) -> Path:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise CheckpointError(f"{output} exists and is not an empty folder: remove it or name another")
     layout, state = _plan(weights, target)
-    reader = TensorReader(weights.checkpoint)
     num_layers = model.num_hidden_layers // target.pp_size
     with folder_aside(output) as aside:
         iteration = aside / f"iter_{state['iteration']:07d}"
@@ -173,7 +172,7 @@ def export_megatron(weights: Weights, output: Path, target: Target) -> Path:
             tensors = megatron_tensors(model, first, num_layers)
             shards = {
                 tensor.named(tensor.spelling(local=target.local), first): _shard(
-                    tensor, weights, reader, layout, tp_rank
+                    tensor, weights, layout, tp_rank
                 )
                 for tensor in tensors
                 if not (tensor.row.ours == BIAS and model.scoring_func == "softmax")
@@ -215,11 +214,9 @@ def _check_no_softmax_bias(weights: Weights) -> None:
             )
 
 
-def _shard(
-    tensor: Tensor, weights: Weights, reader: TensorReader, layout: Layout, tp_rank: int
-) -> torch.Tensor:
+def _shard(tensor: Tensor, weights: Weights, layout: Layout, tp_rank: int) -> torch.Tensor:
     boxes = [
-        reader.read_box(block.part.kind, block.part.tensor, *block.box).view(block.shape)
+        weights.reader.read_box(block.part.kind, block.part.tensor, *block.box).view(block.shape)
         for block in blocks(tensor, weights.model, layout, tp_rank)
     ]
     return pack(shard_shape(tensor, layout), boxes).to(weights.dtype_of(tensor.parts[0].name))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megalite.batch import Batch
+from megalite.checkpoint.adapter import open_weights
 from megalite.checkpoint.agreement import Gather, alone, on_all_ranks
 from megalite.checkpoint.format import CheckpointError, Piece
 from megalite.checkpoint.hf_config import hf_config
@@ -42,7 +43,10 @@ def megalite_logits(stage: LlamaStage, tokens: torch.Tensor) -> torch.Tensor:
 def load_stage(checkpoint: Path, model: ModelConfig, plan: LayerPlan, gather: Gather = alone) -> LlamaStage:
     """This rank's part of a checkpoint's model, for evaluation, on the device and in the dtype of the plan.
 
-    No more than this part is read or held. gather: by which all ranks of the plan load together.
+    No more than this part is read or held; adapters are merged into it.
+
+    gather: by which all ranks of the plan load together.
+
     Raises CheckpointError, on all ranks, when the model does not fit the checkpoint, or a weight the dtype.
     """
     stage = LlamaStage(model, replace(plan, init=_to_be_filled)).eval()
@@ -52,7 +56,14 @@ def load_stage(checkpoint: Path, model: ModelConfig, plan: LayerPlan, gather: Ga
         for kind, tensors in kinds.items()
         for tensor in tensors
     ]
-    load_pieces(checkpoint, pieces, rank=plan.context.rank, gather=gather, ignore_other_kinds=True)
+    load_pieces(
+        checkpoint,
+        pieces,
+        rank=plan.context.rank,
+        gather=gather,
+        ignore_other_kinds=True,
+        open_reader=open_weights,
+    )
     on_all_ranks(gather, lambda: _check_range(pieces))
     return stage.to(plan.context.device)
 

@@ -51,6 +51,7 @@ def save_checkpoint(
     world_size: int,
     gather: Gather,
     keep_last: int,
+    base: Path | None = None,
 ) -> Path:
     """Write RUN_DIR/checkpoints/step-XXXXXXXX; called by all ranks together. The folder's path.
 
@@ -60,6 +61,7 @@ def save_checkpoint(
     files:     further text files by name (config.yaml, deepspeed.json); rank 0's are written.
     gather:    all-gathers a Python object over the ranks, in rank order; for one process `lambda x: [x]`.
     keep_last: checkpoints to keep, this one included; 0 keeps all.
+    base:      what adapters are trained on, which is kept in any case.
 
     A checkpoint that already exists for this step is replaced. Raises CheckpointError on every rank, naming
     the failing one, when something cannot be written or the pieces do not cover each tensor exactly once; any
@@ -74,7 +76,7 @@ def save_checkpoint(
         entries |= {rank_file(i): share.file for i, share in enumerate(shares) if share.file}
         manifest = Manifest(step=step, world_size=world_size, files=entries, tensors=tensors)
         _publish(aside, folder, manifest)
-        _prune(root, step, keep_last)
+        _prune(root, step, keep_last, base)
 
     with _nothing_left_on_error(folder, aside, rank):
         on_all_ranks(gather, lambda: _create(root, aside) if rank == 0 else None)
@@ -170,11 +172,13 @@ def _publish(aside: Path, folder: Path, manifest: Manifest) -> None:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _prune(root: Path, step: int, keep_last: int) -> None:
+def _prune(root: Path, step: int, keep_last: int, base: Path | None) -> None:
     """Remove the oldest checkpoints up to this step; later ones, left by a rewound run, are not ours."""
     if not keep_last:
         return
     for old in [other for other in list_steps(root) if other <= step][:-keep_last]:
+        if base is not None and step_folder(root, old).resolve() == base.resolve():
+            continue
         try:
             shutil.rmtree(_bury(step_folder(root, old)))
         except OSError as error:

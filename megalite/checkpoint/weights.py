@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from megalite.checkpoint.adapter import open_weights
 from megalite.checkpoint.format import CONFIG, WIDEST_DTYPE, CheckpointError, Shape
-from megalite.checkpoint.load import TensorReader
 from megalite.checkpoint.tensor_file import DTYPE_NAMES
 from megalite.config.model import ModelConfig
 from megalite.model.table import buffer_table, expert_names, model_table
@@ -63,7 +63,7 @@ def model_parts(model: ModelConfig) -> Iterator[Part]:
 
 
 class Weights:
-    """A model's weights and state in a checkpoint, read one Hugging Face tensor at a time.
+    """A model's weights and state in a checkpoint, read one Hugging Face tensor at a time, adapters merged.
 
     Args:
         checkpoint: the folder of a step.
@@ -72,6 +72,7 @@ class Weights:
 
     Attributes:
         parts: what can be read, by Hugging Face's names.
+        reader: of the checkpoint's own tensors.
 
     Raises CheckpointError unless the checkpoint holds exactly the tensors of `model`.
     """
@@ -79,7 +80,7 @@ class Weights:
     def __init__(self, checkpoint: Path, model: ModelConfig, dtype: str = "float32") -> None:
         self.checkpoint, self.model, self.dtype = Path(checkpoint), model, dtype
         self.parts = {part.name: part for part in model_parts(model)}
-        self._reader = TensorReader(checkpoint)
+        self.reader = open_weights(self.checkpoint)
         for kind in ("weight", "buffer"):
             self._check_shapes(kind)
 
@@ -100,14 +101,14 @@ class Weights:
         Raises CheckpointError when it holds a number that the dtype does not reach.
         """
         part, dtype = self.parts[name], self.dtype_of(name)
-        rounded = self._reader.read_box(part.kind, part.tensor, *part.box, dtype).view(part.shape)
+        rounded = self.reader.read_box(part.kind, part.tensor, *part.box, dtype).view(part.shape)
         if dtype != WIDEST_DTYPE and not all(extreme.isfinite() for extreme in rounded.aminmax()):
             self._check_reach(part, dtype)
         return rounded
 
     def _check_reach(self, part: Part, dtype: torch.dtype) -> None:
         """Raise CheckpointError where rounding made a finite number infinite."""
-        full = self._reader.read_box(part.kind, part.tensor, *part.box)
+        full = self.reader.read_box(part.kind, part.tensor, *part.box)
         if full.to(dtype).isinf().sum() > full.isinf().sum():
             largest, limit = full[full.isfinite()].abs().max(), torch.finfo(dtype).max
             raise CheckpointError(
@@ -116,10 +117,11 @@ class Weights:
 
     def _check_shapes(self, kind: str) -> None:
         expected = {part.tensor: part.full_shape for part in self.parts.values() if part.kind == kind}
-        stored = self._reader.manifest.shapes(kind)
+        stored = self.reader.manifest.shapes(kind)
         for name in [*expected, *stored]:
             if stored.get(name) != expected.get(name):
                 there, here = (list(s[name]) if name in s else "absent" for s in (stored, expected))
+                where = self.reader.checkpoint
                 raise CheckpointError(
-                    f"{kind} {name} is {there} in {self.checkpoint} and {here} in the model of its {CONFIG}"
+                    f"{kind} {name} is {there} in {where} and {here} in the model of its {CONFIG}"
                 )

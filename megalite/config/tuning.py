@@ -1,8 +1,8 @@
 """What fine-tuning and preference tuning add to a run."""
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from megalite.config.section import NonNegativeFloat, NonNegativeInt, PositiveFloat, Section
 
@@ -24,6 +24,12 @@ class LoraConfig(Section):
     start_from: str | None = Field(
         None, description="Folder with an adapter in the format of PEFT, to begin with; null means a new one."
     )
+
+    @model_validator(mode="after")
+    def _a_start_has_a_rank(self) -> Self:
+        if self.start_from is not None and not self.rank:
+            raise ValueError(f"start_from {self.start_from} and rank 0: set rank to that of the adapter")
+        return self
 
     @property
     def scale(self) -> float:

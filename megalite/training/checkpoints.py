@@ -9,8 +9,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megalite.checkpoint.adapter import check_same_adapter, is_adapter, open_weights
+from megalite.checkpoint.agreement import on_all_ranks
+from megalite.checkpoint.base import BASE, Base, base_of
 from megalite.checkpoint.format import CheckpointError, Piece, folder_step
 from megalite.checkpoint.load import find_checkpoint, load_pieces, read_config, read_state, require_checkpoint
+from megalite.checkpoint.peft_folder import PeftFolder
 from megalite.checkpoint.save import save_checkpoint
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.load import dump_run
@@ -29,6 +33,8 @@ PACKAGES = ("megalite", "torch", "deepspeed", "numpy")
 class Checkpoints:
     """Saves and restores a stage under RUN_DIR/checkpoints; collective on all ranks.
 
+    A run that trains adapters saves these alone, and which checkpoint the weights below them are of.
+
     data: what the run reads, from `describe_data`; a checkpoint that was trained on other data is refused.
     """
 
@@ -44,12 +50,13 @@ class Checkpoints:
         self.rank, self.world_size = rank, dist.get_world_size()
         self.root = Path(run.output_dir) / "checkpoints"
         self.report = report
+        self.base: Base | None = None  # of adapters, once they are resumed or started
 
     def resume(self, engine: StageEngine) -> int:
         """Restore the newest valid checkpoint, if there is one; returns its step, else 0.
 
         A run that has none, or one of step 0, begins with the weights alone: of that one, or of
-        `checkpoint.start_from`.
+        `checkpoint.start_from`. Adapters need such weights, which are then theirs to the end of the run.
         """
         settings = self.run.checkpoint
         folder = self._find(self.root) if settings.resume else None
@@ -60,6 +67,8 @@ class Checkpoints:
             folder = self._find_start(place)
         if folder is not None:
             self._start(engine, folder)
+        elif self.run.lora.rank:
+            raise CheckpointError(self._no_base())
         return 0
 
     def _find(self, path: Path) -> Path | None:
@@ -80,17 +89,61 @@ class Checkpoints:
         self._check_batch_size(state, folder)
         if not self.run.data.allow_other_data:
             check_same_data(state.get("data", {}), self.data, where=str(folder))
-        load_pieces(folder, list(live_pieces(engine)), rank=self.rank, gather=gather)
+        self._check_adapters(folder)
+        trained, frozen = self._pieces(engine)
+        load_pieces(folder, trained, rank=self.rank, gather=gather)
+        self.base = base_of(folder)
+        if self.base is not None:
+            self._load_weights(self.base.folder, frozen)
         _set_optimizer_steps(engine, state["optimizer_steps"])
         self.report(f"resumed from {folder}")
         return state["step"]
 
     def _start(self, engine: StageEngine, folder: Path) -> None:
-        pieces = [piece for piece in live_pieces(engine) if piece.kind in ("weight", "buffer")]
-        load_pieces(folder, pieces, rank=self.rank, gather=gather, ignore_other_kinds=True)
+        trained, frozen = self._pieces(engine)
+        if self.run.lora.rank:
+            self.base = on_all_ranks(gather, lambda: Base.of(folder))
+            on_all_ranks(gather, lambda: self._start_adapters(trained))
+        self._load_weights(folder, frozen if self.run.lora.rank else trained)
         before, now = read_config(folder).model.model_dump(), self.run.model.model_dump()
         changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
         self.report(f"starts from the weights of {folder}" + "".join(f"; model.{text}" for text in changed))
+
+    def _load_weights(self, folder: Path, pieces: list[Piece]) -> None:
+        """Fill weights and buffers with those of a checkpoint; adapters in it are merged."""
+        wanted = [piece for piece in pieces if piece.kind in ("weight", "buffer")]
+        options: dict[str, Any] = {"ignore_other_kinds": True, "open_reader": open_weights}
+        load_pieces(folder, wanted, rank=self.rank, gather=gather, **options)
+
+    def _start_adapters(self, pieces: list[Piece]) -> None:
+        """Take the adapters of lora.start_from, if it is given, in the place of new ones."""
+        lora = self.run.lora
+        if lora.start_from is None:
+            return
+        folder = PeftFolder(Path(lora.start_from))
+        folder.check(lora, self.run.model)
+        for piece in pieces:
+            if piece.kind == "weight":
+                piece.copy_from(folder.tensors[piece.name])
+        self.report(f"starts with the adapter of {folder.path}")
+
+    def _pieces(self, engine: StageEngine) -> tuple[list[Piece], list[Piece]]:
+        """What belongs into this run's checkpoints, and what stays in those of its base."""
+        pieces = list(live_pieces(engine))
+        if not self.run.lora.rank:
+            return pieces, []
+        return [p for p in pieces if is_adapter(p.name)], [p for p in pieces if not is_adapter(p.name)]
+
+    def _check_adapters(self, folder: Path) -> None:
+        """A checkpoint of adapters goes on as the same ones, one of whole weights as whole weights."""
+        if self.run.lora.rank or base_of(folder) is not None:
+            check_same_adapter(read_config(folder).lora, self.run.lora, str(folder))
+
+    def _no_base(self) -> str:
+        return (
+            f"lora.rank {self.run.lora.rank} trains adapters of weights that are there, and there are none: "
+            "name them with checkpoint.start_from, or set lora.rank=0"
+        )
 
     def _check_batch_size(self, state: Mapping[str, Any], folder: Path) -> None:
         """The place in the data follows from the step: another batch size would skip or repeat samples."""
@@ -102,7 +155,9 @@ class Checkpoints:
             )
 
     def save(self, engine: StageEngine, step: int) -> Path:
-        """Write the checkpoint of a step."""
+        """Write the checkpoint of a step. CheckpointError for adapters that have no base."""
+        if self.run.lora.rank and self.base is None:
+            raise CheckpointError(self._no_base())
         samples = step * self.deepspeed.train_batch_size
         state = {
             "step": step,
@@ -112,6 +167,8 @@ class Checkpoints:
             "versions": {name: _version(name) for name in PACKAGES},
             "data": self.data,
         }
+        if self.base is not None:
+            state[BASE] = self.base.record(self.root.parent)
         files = {
             "config.yaml": dump_run(self.run),
             "deepspeed.json": json.dumps(self.deepspeed.raw, indent=2) + "\n",
@@ -119,13 +176,14 @@ class Checkpoints:
         return save_checkpoint(
             self.root,
             step,
-            list(live_pieces(engine)),
+            self._pieces(engine)[0],
             state,
             files,
             rank=self.rank,
             world_size=self.world_size,
             gather=gather,
             keep_last=self.run.checkpoint.keep_last,
+            base=self.base.folder if self.base is not None else None,
         )
 
 
