@@ -23,13 +23,14 @@ MEASURES = (  # names of trl, each a mean over pairs
 
 
 def log_probabilities(
-    logits: torch.Tensor, labels: torch.Tensor, *, vocab_size: int, group: Group = None
+    logits: torch.Tensor, batch: Batch, *, vocab_size: int, group: Group = None
 ) -> torch.Tensor:
-    """Of each row's labels together [2n], in nats, at least fp32.
+    """Of each row's labels together [b], in nats, at least fp32.
 
-    logits: [s, 2n, padded V/t], this rank's slice of the vocabulary. labels: [2n, s].
+    logits: [s, b, padded V/t], this rank's slice of the vocabulary.
     """
-    losses = vocab_parallel_cross_entropy(logits, labels.T, vocab_size=vocab_size, group=group)
+    assert batch.labels is not None
+    losses = vocab_parallel_cross_entropy(logits, batch.labels.T, vocab_size=vocab_size, group=group)
     return -losses.sum(dim=0)
 
 
@@ -47,8 +48,7 @@ class PreferenceLoss:
 
     def __call__(self, logits: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(the sum, a scalar, and detached sums [6] of MEASURES)."""
-        assert batch.labels is not None
-        log_p = log_probabilities(logits, batch.labels, vocab_size=self.vocab_size, group=self.group)
+        log_p = log_probabilities(logits, batch, vocab_size=self.vocab_size, group=self.group)
         chosen, rejected = self._rewards(log_p, batch).unflatten(0, (-1, 2)).unbind(1)
         margins = chosen - rejected
         loss = -F.logsigmoid(margins - self.config.margin).sum()

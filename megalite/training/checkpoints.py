@@ -24,7 +24,7 @@ from megalite.parallel.context import ParallelContext
 from megalite.parallel.shard import ShardSpec, spec_of, state_buffers
 from megalite.training.engine import StageEngine
 from megalite.training.start import find_start
-from megalite.training.world import gather
+from megalite.training.world import gather, on_rank_0
 from megalite.training.zero import MasterSlice, inner_optimizer, local_weight, master_slices
 
 PACKAGES = ("megalite", "torch", "deepspeed", "numpy")
@@ -63,8 +63,7 @@ class Checkpoints:
         if folder is not None and folder_step(folder):
             return self._continue(engine, folder)
         if folder is None and settings.start_from is not None:
-            place = find_start(settings.start_from, self.run.output_dir, self.rank, self.report)
-            folder = self._find_start(place)
+            folder = self._start_folder(settings.start_from)
         if folder is not None:
             self._start(engine, folder)
         elif self.run.lora.rank:
@@ -73,6 +72,28 @@ class Checkpoints:
 
     def _find(self, path: Path) -> Path | None:
         return find_checkpoint(path, self.report, rank=self.rank, world_size=self.world_size, gather=gather)
+
+    def start(self, engine: StageEngine) -> None:
+        """Fill the stage with the weights that the run begins with, whether it has checkpoints or not."""
+        self._start(engine, self._required_start())
+
+    def start_fingerprint(self) -> str:
+        """Of these weights, the adapters that they begin with among them; the same on all ranks."""
+        folder, adapter = self._required_start(), self.run.lora.start_from
+
+        def fingerprint() -> str:
+            found = Base.of(folder).fingerprint
+            return found if adapter is None else f"{found} {PeftFolder(Path(adapter)).fingerprint}"
+
+        return on_rank_0(self.rank, fingerprint)
+
+    def _required_start(self) -> Path:
+        source = self.run.checkpoint.start_from
+        assert source is not None, "the launchers of such runs refuse others"
+        return self._start_folder(source)
+
+    def _start_folder(self, source: str) -> Path:
+        return self._find_start(find_start(source, self.run.output_dir, self.rank, self.report))
 
     def _find_start(self, path: Path) -> Path:
         return require_checkpoint(

@@ -16,7 +16,7 @@ from megalite.model.flops import flops_per_token
 from megalite.optimizer.recipe import state_bytes
 from megalite.parallel.context import ParallelContext
 from megalite.training.checkpoints import Checkpoints
-from megalite.training.data import open_data
+from megalite.training.data import open_data, with_references
 from megalite.training.engine import TORCH_DTYPES, initialize_communication
 from megalite.training.environment import Environment
 from megalite.training.evaluation import LiveEvaluation
@@ -57,6 +57,7 @@ def _train(
     memory_at_start = gather(peak_memory_bytes(device))
     trainer = StageTrainer(run, deepspeed, context)
     checkpoints = Checkpoints(run, deepspeed, environment.rank, report, data.description)
+    data = with_references(data, run, deepspeed, trainer, checkpoints, report)
     last_step = checkpoints.resume(trainer.engine)
     if is_reporter:
         write_configs(run, deepspeed)

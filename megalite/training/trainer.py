@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -15,6 +16,7 @@ from megalite.error import UserError
 from megalite.model.attention import kv_copies
 from megalite.model.balancing import RULES, ExpertBalancing, ExpertLoad
 from megalite.model.llama import LlamaStage
+from megalite.model.preference import log_probabilities
 from megalite.model.share import StageShare
 from megalite.optimizer.recipes import build_recipe
 from megalite.parallel.context import ParallelContext
@@ -149,6 +151,26 @@ class StageTrainer:
         losses = self.runner.evaluate(self._evaluation, batches)
         self.engine.train(True)
         return self._summed(losses, batches)
+
+    def score(self, micro_batches: Sequence[Batch]) -> torch.Tensor | None:
+        """Log-probabilities [n] of the labels of each of this rank's rows together, where the head is.
+
+        Nothing is learnt. Labels that are IGNORED have no part.
+        """
+        batches = [batch.to(self.context.device) for batch in micro_batches]
+        chunks: Any = self.engine.module
+        of_rows = partial(log_probabilities, vocab_size=self.vocab_size, group=self.context["tp"].group)
+        self.engine.train(False)
+        self.engine.begin_pass()
+        try:
+            for chunk in chunks:
+                chunk.loss = of_rows
+            outputs = self.runner.outputs(self._evaluation, batches)
+        finally:
+            for chunk in chunks:
+                chunk.loss = self.objective.loss
+            self.engine.train(True)
+        return torch.cat(outputs) if outputs and self.share.has_head else None
 
     def _loss_gradient(self, batches: Sequence[Batch]) -> torch.Tensor:
         """The gradient of each loss sum: one over the global count, times what DeepSpeed divides by.
