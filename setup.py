@@ -16,6 +16,7 @@ DEV = [
     # referee of the data tests, where there is a wheel
     "megatron-core~=0.16.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "mypy>=1.10",
+    "peft>=0.17",  # referee of adapters
     "pytest>=8",
     "pytest-timeout>=2.3",
     "ruff>=0.6",
