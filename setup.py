@@ -17,6 +17,7 @@ DEV = [
     "peft>=0.17",
     "megatron-core~=0.16.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "mypy>=1.10",
+    "peft>=0.17",  # referee of adapters
     "pytest>=8",
     "pytest-timeout>=2.3",
     "ruff>=0.6",

@@ -35,11 +35,13 @@ from megalite.parallel.lora import LORA_A
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+ATTENTION = "self_attn"  # the parent of layers that no expert has
 # Keys that say what we read, and keys without a part in what a trained adapter computes.
-READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules"}
+READ = {"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "target_parameters"}
 ASIDE = {"task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"}
 ASIDE |= {"lora_dropout", "exclude_modules", "layers_pattern", "layers_to_transform", "megatron_core"}
 ASIDE |= {"qalora_group_size", "eva_config", "ensure_weight_tying"}
+LINEAR_WEIGHT = "_proj.weight"  # ends the names of weights of linear layers
 # Draws of A that leave the base as it is; others, such as "pissa", change it.
 HARMLESS_DRAWS = (None, True, False, "gaussian", "orthogonal", "eva")
 
@@ -81,6 +83,7 @@ def export_adapter(
 
 def adapter_config(lora: LoraConfig, model: ModelConfig, base: str) -> dict[str, Any]:
     """PEFT's adapter_config.json. base: name or folder of the model that the adapters belong to."""
+    modules, parameters = _targets(lora, model)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -89,7 +92,8 @@ def adapter_config(lora: LoraConfig, model: ModelConfig, base: str) -> dict[str,
         "lora_alpha": int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
         "lora_dropout": 0.0,
         "use_rslora": lora.rank_stabilized,
-        "target_modules": _target_modules(lora, model),
+        "target_modules": modules,
+        "target_parameters": parameters or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "modules_to_save": None,
@@ -97,11 +101,18 @@ def adapter_config(lora: LoraConfig, model: ModelConfig, base: str) -> dict[str,
     }
 
 
-def _target_modules(lora: LoraConfig, model: ModelConfig) -> list[str]:
-    """Ends of the names of layers. Beside experts, whose layers end alike, their parents' too."""
-    num_parts = 2 if model.n_routed_experts else 1
-    names = (layer.split(".")[-num_parts:] for layer in _adapted_layers(lora, model))
-    return list(dict.fromkeys(".".join(parts) for parts in names))
+def _targets(lora: LoraConfig, model: ModelConfig) -> tuple[list[str], list[str]]:
+    """Ends of the names of layers, and of weights: PEFT's target_modules and target_parameters.
+
+    Beside experts, gate_proj, up_proj and down_proj are named with their parents, which no expert has, and as
+    weights, since PEFT takes any target_modules of these names for all experts of a layer.
+    """
+    layers = [layer.split(".") for layer in _adapted_layers(lora, model)]
+    if not model.n_routed_experts:
+        return list(dict.fromkeys(parts[-1] for parts in layers)), []
+    ends = dict.fromkeys((parts[-2], ".".join(parts[-2:])) for parts in layers)
+    modules = [end for parent, end in ends if parent == ATTENTION]
+    return modules, [f"{end}.{WEIGHT}" for parent, end in ends if parent != ATTENTION]
 
 
 def _adapted_layers(lora: LoraConfig, model: ModelConfig) -> list[str]:
@@ -200,6 +211,9 @@ def _check_options(config: Mapping[str, Any], where: Path) -> None:
         raise CheckpointError(f"{where} has peft_type {config.get('peft_type')!r}, expected 'LORA'")
     draw = config.get("init_lora_weights")
     others = {"init_lora_weights": draw} if draw not in HARMLESS_DRAWS else {}
+    parameters = config.get("target_parameters") or []
+    if not all(str(name).endswith(LINEAR_WEIGHT) for name in parameters):  # experts, which are stacks
+        others["target_parameters"] = parameters
     others |= {k: config[k] for k in config.keys() - READ - ASIDE - {"init_lora_weights"}}
     for name, value in sorted(others.items()):
         if value and value != "none":

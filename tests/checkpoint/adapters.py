@@ -1,4 +1,4 @@
-"""Tiny adapters of random weights: checkpoints of them, and megalite's own model with them beside its layers."""
+"""Tiny adapters of random weights: checkpoints of them, and megalite's model with them beside its layers."""
 
 from dataclasses import dataclass
 from pathlib import Path

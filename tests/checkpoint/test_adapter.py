@@ -1,7 +1,7 @@
 """A checkpoint of adapters is read as the weights that it makes of its base.
 
-Tolerances: 1e-5 of the largest logit, as of a conversion: float32 numbers, added in another order; and 1e-6 of
-the largest weight, for a float32 sum of four products against float64.
+Tolerances: 1e-5 of the largest logit, as of a conversion: float32 numbers, added in another order; and 1e-6
+of the largest weight, for a float32 sum of four products against float64.
 """
 
 import json
@@ -162,7 +162,7 @@ def test_factors_that_do_not_fit_the_base_are_refused(tmp_path):
     name = "model.layers.0.self_attn.q_proj.lora_A.weight"
     for factors in ({name: tuned.factors[name]}, tuned.factors | {name: torch.ones(3, 31)}):
         checkpoint = save_factors(tmp_path / str(len(factors)), tuned.run, tuned.base, factors)
-        with pytest.raises(CheckpointError, match="model.layers.0.self_attn.q_proj has factors"):
+        with pytest.raises(CheckpointError, match=r"model\.layers\.0\.self_attn\.q_proj has factors"):
             open_weights(checkpoint)
 
 

@@ -1,6 +1,7 @@
 """The command that turns a checkpoint into a Hugging Face folder."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from megalite.checkpoint.weights import Weights
 from megalite.config.model import ModelConfig
 from megalite.data.corpus import read_corpus
 from megalite.tokenizer.load import build_byte_tokenizer, load_tokenizer
+from tests.checkpoint.adapters import merged, save_tuned
 from tests.checkpoint.llamas import EXPERT_VARIANTS, VARIANTS, logits, random_llama, save_llama, tiny_run
 from tests.tools.room import room_for
 from tools import convert_to_hf, train_tokenizer
@@ -206,3 +208,52 @@ def test_a_size_that_is_none_is_refused(text, capsys):
         convert_to_hf.main(["--checkpoint", "c", "--output", "o", f"--max-shard-size={text}"])
     assert stop.value.code == 2
     assert "is not a size: write it like 500MB" in capsys.readouterr().err
+
+
+def export_of_adapter(folder, *extra: str) -> int:
+    where = ["--checkpoint", str(folder / "tuned"), "--output", str(folder / "out"), "--tokenizer", "bytes"]
+    return convert_to_hf.main([*where, *extra])
+
+
+def test_an_adapter_goes_out_merged_and_verified_or_alone(tmp_path, capsys):
+    tuned = save_tuned(tmp_path)
+    expected = merged(tuned)
+    assert export_of_adapter(tmp_path, "--dtype", "float32", "--verify") == 0
+    assert capsys.readouterr().out.endswith("verified\n")
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    torch.testing.assert_close(state[name].double(), expected["weight", name], rtol=0, atol=1e-6)
+    assert not any("lora" in key for key in state)
+    shutil.rmtree(tmp_path / "out")
+    assert export_of_adapter(tmp_path, "--adapter") == 0
+    numbers = sum(factor.numel() for factor in tuned.factors.values())
+    told = f"wrote an adapter of {numbers:,} parameters of {tuned.checkpoint} to {tmp_path / 'out'}\n"
+    assert capsys.readouterr().out == told
+    factors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(factors[f"base_model.model.{key}"].equal(factor) for key, factor in tuned.factors.items())
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("né")["input_ids"] == list("né".encode())
+
+
+def test_a_damaged_adapter_or_one_without_its_base_is_not_exported(tmp_path, capsys):
+    tuned = save_tuned(tmp_path)
+    file = tuned.checkpoint / "rank-00000.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert export_of_adapter(tmp_path, "--adapter") == 2
+    assert "rank-00000.safetensors does not match its sha256" in capsys.readouterr().err
+    file.write_bytes(whole)
+    tuned.base.rename(tuned.base.with_name("aside"))
+    for extra in (["--adapter"], []):
+        assert export_of_adapter(tmp_path, *extra) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith("error: ") and "is absent (sha256 none): put that checkpoint back" in last
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+
+
+def test_a_checkpoint_of_whole_weights_has_no_adapter_to_export(tmp_path, capsys):
+    save(tmp_path)
+    assert run_tool(tmp_path, "--adapter") == 2
+    assert "holds whole weights and no adapter: export it without --adapter" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_tool(tmp_path, "--adapter", "--verify")
+    assert "--verify compares whole models: leave out --adapter" in capsys.readouterr().err
