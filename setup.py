@@ -32,6 +32,7 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     packages=find_packages(include=["megalite", "megalite.*"]),
+    package_data={"megalite.tokenizer": ["templates/*.jinja"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
