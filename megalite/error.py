@@ -12,7 +12,7 @@ class UnusableRecord(UserError):
     """Why one record among many cannot be learnt from: a reason to count it under, and what is special here."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
-        self.reason = reason
+        self.reason, self.detail = reason, detail
         super().__init__(f"{reason}: {detail}" if detail else reason)
 
 

@@ -69,7 +69,7 @@ class ChatTemplate:
             tokens = range(bisect_right(ends, begin), bisect_left(begins, end))
             is_learnt[tokens.start : tokens.stop] = [True] * len(tokens)
         if not any(is_learnt):
-            raise UnusableRecord("no assistant text", "expected a message of the assistant after the prompt")
+            raise UnusableRecord("no assistant text", "the chat template marks none")
         return encoding.ids, is_learnt
 
     def _learnt(self, messages: Sequence[Message], num_prompt_messages: int) -> tuple[str, Spans]:
@@ -93,7 +93,9 @@ class ChatTemplate:
     def _prefix_length(self, messages: Sequence[Message], text: str, prompted: bool) -> int:
         prefix = self.render(messages, prompted)
         if not text.startswith(prefix):
-            found = f"the first {len(messages)} messages alone are not the beginning of the whole conversation"
+            found = (
+                f"the first {len(messages)} messages alone are not the beginning of the whole conversation"
+            )
             raise TokenizerError(
                 f"chat template {self.name}: {found}, so what is learnt cannot be told: mark it in the template "
                 "with {% generation %} and {% endgeneration %}"
@@ -110,10 +112,12 @@ class ChatTemplate:
                 [list(messages)], chat_template=self.source, **options, **self._special
             )
         except TemplateSyntaxError as error:
-            raise TokenizerError(f"chat template {self.name}: line {error.lineno}: {error.message}") from error
+            raise TokenizerError(
+                f"chat template {self.name}: line {error.lineno}: {error.message}"
+            ) from error
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             reason = " ".join(str(error).split())
-            raise UnusableRecord(f"chat template {self.name} does not take it", reason) from error
+            raise UnusableRecord(f"messages that chat template {self.name} does not take", reason) from error
         return texts[0], spans[0] if marks else []
 
     @cached_property
@@ -124,14 +128,15 @@ class ChatTemplate:
         return backend
 
 
-def open_template(tokenizer: Tokenizer, template: str | None = None) -> ChatTemplate:
-    """A template by the name of one of ours or as a Jinja file; None stands for the tokenizer's own.
+def open_template(tokenizer: Tokenizer, template: str | None = None) -> ChatTemplate | None:
+    """A template by the name of one of ours or as a Jinja file; None stands for the tokenizer's own, if it has one.
 
-    Raises TokenizerError when there is none, or it needs tokens that the tokenizer does not have.
+    Raises TokenizerError when there is no such template, or it needs tokens that the tokenizer does not have.
     """
     shipped = sorted(path.stem for path in SHIPPED.glob("*.jinja"))
     if template is None:
-        return ChatTemplate(tokenizer, _own_source(tokenizer, shipped), f"of {tokenizer.name}")
+        source = _own_source(tokenizer)
+        return ChatTemplate(tokenizer, source, f"of {tokenizer.name}") if source else None
     if template in shipped:
         source = (SHIPPED / f"{template}.jinja").read_text(encoding="utf-8")
         missing = [token for token in _TOKEN.findall(source) if tokenizer.token_to_id(token) is None]
@@ -146,13 +151,10 @@ def open_template(tokenizer: Tokenizer, template: str | None = None) -> ChatTemp
     return ChatTemplate(tokenizer, Path(template).read_text(encoding="utf-8"), template)
 
 
-def _own_source(tokenizer: Tokenizer, shipped: Sequence[str]) -> str:
+def _own_source(tokenizer: Tokenizer) -> str | None:
     source = tokenizer.special_tokens().get("chat_template")
     if isinstance(source, list):  # several with names, as transformers 4 wrote them
-        source = next((one["template"] for one in source if one["name"] == "default"), None)
-    if not isinstance(source, str):
-        remedy = f"name a Jinja file or one of {', '.join(shipped)} (data.chat_template)"
-        raise TokenizerError(f"{tokenizer.name} has no chat template: {remedy}")
+        return next((one["template"] for one in source if one["name"] == "default"), None)
     return source
 
 
