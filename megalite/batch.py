@@ -47,9 +47,7 @@ class Batch:
         """Micro batches: as many equal runs of samples, pairs undivided."""
         if self.references is not None and len(self.references) % (2 * num_parts):
             pairs = len(self.references) // 2
-            raise ValueError(
-                f"{pairs} pairs do not divide into {num_parts} parts: choose a divisor of {pairs}"
-            )
+            raise ValueError(f"{pairs} pairs do not divide into {num_parts} parts: use a divisor")
         return [self.map(lambda x, i=i: x.chunk(num_parts)[i]) for i in range(num_parts)]  # type: ignore[misc]
 
     def loss_count(self) -> torch.Tensor:

@@ -8,8 +8,8 @@ class UserError(ValueError):
     """What is wrong, with both values, and the remedy: one line for a person. Base of all such errors."""
 
 
-class UnusableRecord(UserError):
-    """Why one record among many cannot be learnt from: a reason to count it under, and what is special here."""
+class UnusableRecordError(UserError):
+    """Why one record among many cannot be learnt from: a reason to count it under, and a detail."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         self.reason, self.detail = reason, detail

@@ -1,6 +1,6 @@
 """Sources of conversations, or of pairs, to the samples of a run: the one entrance.
 
-conversations = open_conversations(["chat.jsonl"], tokenizer, template, seq_length=2048, cache_dir="cache")
+conversations = open_conversations(["chat.jsonl"], tokenizer, template, seq_length=2048, cache_dir=...)
 samples = conversations.samples(order, count=1000)
 loader = ChatLoader(samples, global_batch_samples=..., ...)
 """
@@ -63,9 +63,9 @@ def open_conversations(
     report: Report | None = None,
     progress: bool = False,
 ) -> ChatData:
-    """Conversations of files, folders or hf:NAME, or weight and source in turn; made once, then found in the cache.
+    """Conversations of files, folders or hf:NAME, or weight and source in turn; prepared once, then found.
 
-    template: may be None where no source has messages. report: is told, source by source, what was left out and why.
+    template: may be None where no source has messages. report: is told of each source what was left out.
 
     Raises DataError for a source that cannot be read, or of which nothing can be used.
     """

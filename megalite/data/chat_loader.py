@@ -12,12 +12,12 @@ from megalite.data.loader import SampleLoader
 
 
 class ChatLoader(SampleLoader):
-    """Micro batches of b samples: b rows of conversations, or 2b rows of pairs (chosen, rejected, chosen, ...).
+    """Micro batches of b samples: b rows of conversations, or 2b rows of pairs (chosen, rejected, ...).
 
     Each has document_starts and padding, and where tokens are read, input_ids and labels.
 
-    references: fp32 [pairs, 2], of each pair by its number the log-probabilities of chosen and rejected under the
-    weights that preferences are measured against; None for batches without.
+    references: fp32 [pairs, 2], the log-probabilities of each pair's two answers under the weights that
+    preferences are measured against; None for batches without.
 
     Raises DataError when there are not as many references as pairs.
     """

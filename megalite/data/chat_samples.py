@@ -52,7 +52,7 @@ class SampleRow(NamedTuple):
 class ChatSamples:
     """Rows by position, drawn from sources of conversations, or of pairs.
 
-    sources, weights: one weight per source, or None for all sources as one. count: of samples, None for one epoch.
+    weights: one per source, or None for all sources as one. count: of samples, None for one epoch.
     sequences_per_item: 1 for conversations, 2 for pairs, which are never packed.
 
     Attributes: bins, the items of each sample; an item is counted on from source to source.
@@ -74,7 +74,7 @@ class ChatSamples:
         self.bins: Bins = draw(lengths, weights, order, count)
 
     def __len__(self) -> int:
-        return self.bins.count
+        return self.bins.num_bins
 
     @property
     def num_items(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from megalite.data.error import DataError
 from megalite.data.rows import Row
-from megalite.error import UnusableRecord
+from megalite.error import UnusableRecordError
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -38,7 +38,7 @@ class Encoder(Protocol):
 
 
 class Template(Protocol):
-    """What a chat template does here: ids of a conversation, and which are learnt behind a number of messages."""
+    """What a chat template does here: ids of a conversation, and which are learnt behind its prompt."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -57,7 +57,7 @@ class Learnt(NamedTuple):
 class RecordEncoder:
     """Turns records into sequences of at most `seq_length` tokens: one of a conversation, two of a pair.
 
-    Both raise UnusableRecord for a record that cannot be learnt from, and DataError for messages without a template.
+    Both raise UnusableRecordError for a record that cannot be learnt from, DataError for want of a template.
     """
 
     tokenizer: Encoder
@@ -84,7 +84,7 @@ class RecordEncoder:
         _refuse_tools(row)
         chosen, rejected = row["chosen"], row["rejected"]
         if chosen == rejected:
-            raise UnusableRecord("equal chosen and rejected")
+            raise UnusableRecordError("equal chosen and rejected")
         prompt = row.get("prompt")
         if prompt is None or (isinstance(prompt, str) and isinstance(chosen, list)):
             prompt, chosen, rejected = _split_prompt(chosen, rejected)
@@ -95,7 +95,7 @@ class RecordEncoder:
         if isinstance(prompt, str) and isinstance(answer, str):
             return self._text(prompt, _filled(answer, name))
         if answer == []:
-            raise UnusableRecord(f"empty {name}")
+            raise UnusableRecordError(f"empty {name}")
         return self._dialogue(_messages(prompt, "prompt", 0), _messages(answer, name))
 
     def _text(self, prompt: str, answer: str) -> Learnt:
@@ -109,7 +109,7 @@ class RecordEncoder:
 
     def _dialogue(self, prompt: Messages, answer: Messages) -> Learnt:
         if not any(message["role"] == "assistant" for message in answer):
-            raise UnusableRecord("no assistant turn")
+            raise UnusableRecordError("no assistant turn")
         if self.template is None:
             remedy = "name a Jinja file or one of the shipped ones (data.chat_template)"
             raise DataError(f"the data has conversations, and the tokenizer no chat template: {remedy}")
@@ -117,46 +117,48 @@ class RecordEncoder:
 
     def _checked(self, found: Learnt) -> Learnt:
         if len(found.ids) > self.seq_length:
-            raise UnusableRecord(f"more than {self.seq_length} tokens", f"{len(found.ids)} tokens")
+            raise UnusableRecordError(f"more than {self.seq_length} tokens", f"{len(found.ids)} tokens")
         if not any(found.is_learnt[1:]):  # the first token follows none, so that nothing predicts it
-            raise UnusableRecord("nothing to learn", f"{len(found.ids)} tokens")
+            raise UnusableRecordError("nothing to learn", f"{len(found.ids)} tokens")
         return found
 
 
 def _messages(value: Any, name: str, at_least: int = 1) -> Messages:
     """Checked, without the fields that a table has filled with None."""
     if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
-        raise UnusableRecord(f"{name} that is no list of messages", f"found {_kind(value)}")
+        raise UnusableRecordError(f"{name} that is no list of messages", f"found {_kind(value)}")
     if len(value) < at_least:
-        raise UnusableRecord(f"empty {name}")
+        raise UnusableRecordError(f"empty {name}")
     messages = [{key: field for key, field in message.items() if field is not None} for message in value]
     for message in messages:
         if message.get("role") not in ROLES:
-            raise UnusableRecord(
+            raise UnusableRecordError(
                 "unknown role", f"{message.get('role')!r}, expected one of {', '.join(ROLES)}"
             )
         if not isinstance(message.get("content"), str):
-            raise UnusableRecord("a message without text", f"content is {_kind(message.get('content'))}")
+            raise UnusableRecordError("a message without text", f"content is {_kind(message.get('content'))}")
     return messages
 
 
 def _filled(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise UnusableRecord(f"{name} that is no text", f"found {_kind(value)}")
+        raise UnusableRecordError(f"{name} that is no text", f"found {_kind(value)}")
     if not value.strip():
-        raise UnusableRecord(f"empty {name}")
+        raise UnusableRecordError(f"empty {name}")
     return value
 
 
 def _split_prompt(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     """The common beginning and both rests; texts are not cut behind a space, which tokens begin with."""
     if not (_is_sequence(chosen) and type(chosen) is type(rejected)):
-        raise UnusableRecord("chosen and rejected of two kinds", f"{_kind(chosen)} and {_kind(rejected)}")
+        raise UnusableRecordError(
+            "chosen and rejected of two kinds", f"{_kind(chosen)} and {_kind(rejected)}"
+        )
     cut = _common_length(chosen, rejected)
     if isinstance(chosen, str) and chosen[cut - 1 : cut] == " ":
         cut -= 1
     if cut == 0:
-        raise UnusableRecord("no prompt and no common beginning")
+        raise UnusableRecordError("no prompt and no common beginning")
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
@@ -171,11 +173,11 @@ def _is_sequence(value: Any) -> bool:
 
 def _refuse_tools(row: Row) -> None:
     if row.get("tools"):
-        raise UnusableRecord("tools, which are not supported")
+        raise UnusableRecordError("tools, which are not supported")
 
 
-def _no_columns(row: Row, expected: str) -> UnusableRecord:
-    return UnusableRecord(f"no {expected}", f"found {', '.join(map(str, row))[:200] or 'none'}")
+def _no_columns(row: Row, expected: str) -> UnusableRecordError:
+    return UnusableRecordError(f"no {expected}", f"found {', '.join(map(str, row))[:200] or 'none'}")
 
 
 def _kind(value: Any) -> str:

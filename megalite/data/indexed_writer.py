@@ -43,7 +43,7 @@ class IndexedDatasetWriter:
         self.prefix, self.dtype = str(prefix), np.dtype(dtype)
         if self.dtype not in _CODES:
             raise DataError(
-                f"{prefix}: dtype: expected uint8, uint16 or int32, found {self.dtype}: nothing else is written"
+                f"{prefix}: dtype: expected uint8, uint16 or int32, found {self.dtype}: no other is written"
             )
         self._limit = int(np.iinfo(self.dtype).max) + 1
         self._lengths, self._boundaries = array("i"), array("q", [0])

@@ -21,8 +21,8 @@ class Bins(NamedTuple):
     members: np.ndarray
 
     @property
-    def count(self) -> int:
-        """Number of bins."""
+    def num_bins(self) -> int:
+        """How many there are."""
         return len(self.starts) - 1
 
     def bin(self, index: int) -> np.ndarray:
@@ -40,8 +40,8 @@ class Bins(NamedTuple):
 class SampleOrder(NamedTuple):
     """How samples are drawn from sources.
 
-    seq_length: tokens that fit a sample; seed; packing: whether items share samples; shuffle: whether the order
-    is drawn anew in each epoch, or that of the sources.
+    seq_length: tokens that fit a sample. packing: whether items share samples. shuffle: whether each epoch has
+    an order of its own, by the seed, or all have that of the sources.
     """
 
     seq_length: int
@@ -55,8 +55,8 @@ def draw(
 ) -> Bins:
     """`count` samples of sources whose items have these lengths; items count on from source to source.
 
-    Without weights all sources are one. With weights each gives its share of the samples, and the one furthest
-    behind its share comes next. Longer draws begin with shorter ones. None stands for one epoch.
+    Without weights all sources are one. With weights each gives its share of the samples: next comes the one
+    furthest behind. Longer draws begin with shorter ones. None stands for one epoch.
     """
     if weights is None:
         return _take(np.concatenate(lengths), order, count)

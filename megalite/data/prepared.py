@@ -1,6 +1,6 @@
 """Conversations and pairs as token files, kept on disk and found again by what they were made from.
 
-    FOLDER/KEY/             KEY: SHA-256 of what decides the tokens, as canonical JSON; no path, so data may move
+    FOLDER/KEY/             KEY: SHA-256 of what decides the tokens, as canonical JSON; no path
         tokens.bin .idx     ids of each sequence; a pair is two sequences, chosen and rejected
         learnt.bin .idx     1 for each token that is learnt, else 0, u8
         manifest.json       what they were made from, which records were left out, SHA-256 of each file
@@ -26,7 +26,7 @@ from megalite.data.error import DataError
 from megalite.data.indexed_dataset import IndexedDataset
 from megalite.data.indexed_writer import UINT8, IndexedDatasetWriter, dtype_for
 from megalite.data.rows import Row, RowSource
-from megalite.error import UnusableRecord
+from megalite.error import UnusableRecordError, UserError
 from megalite.files import aside_of, folder_aside, write_text
 
 VERSION = 1  # of the tokens as well: another way of making them must not find the former ones
@@ -95,7 +95,9 @@ def open_prepared(
     cache_dir: str | Path,
     progress: bool = False,
 ) -> PreparedSource:
-    """A source's sequences, found in the cache or made by `encode`, which raises UnusableRecord to leave one out.
+    """A source's sequences, found in the cache or made by `encode`.
+
+    encode: raises UnusableRecordError for a record that is left out.
 
     made_from: all that decides them besides the source's content, JSON-able.
 
@@ -137,13 +139,15 @@ def _prepare(
         for where, row in rows:
             num_records += 1
             try:
-                if isinstance(row, UnusableRecord):
+                if isinstance(row, UnusableRecordError):
                     raise row
                 sequences = encode(row)
-            except UnusableRecord as error:
+            except UnusableRecordError as error:
                 first = LeftOut(error.reason, 0, where, error.detail)
                 left_out.setdefault(error.reason, first).count += 1
                 continue
+            except UserError as error:  # what is wrong with more than a record
+                raise DataError(f"{where}: {error}") from error
             ids.add_document([np.array(one.ids, np.int64) for one in sequences])
             mask.add_document([np.array(one.is_learnt, np.uint8) for one in sequences])
     kinds = sorted(left_out.values(), key=lambda kind: -kind.count)

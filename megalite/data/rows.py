@@ -20,13 +20,13 @@ from megalite.data.error import DataError
 from megalite.data.input_block import read_line
 from megalite.data.sources import MAX_TEXT_BYTES
 from megalite.data.tables import HUB, errors_name
-from megalite.error import UnusableRecord
+from megalite.error import UnusableRecordError
 
 _JSON = (".jsonl", ".ndjson", ".json")
 _ROWS_AT_ONCE = 64
 
 Row = dict[str, Any]
-Rows = Iterator[tuple[str, Row | UnusableRecord]]
+Rows = Iterator[tuple[str, Row | UnusableRecordError]]
 
 
 class RowSource(ABC):
@@ -123,7 +123,7 @@ class DatasetSource(RowSource):
 
 
 def open_rows(name: str) -> RowSource:
-    """The records that `name` stands for. Raises DataError when there is no such file, or it is of no such kind."""
+    """The records that `name` stands for. Raises DataError when there are none, or of another kind."""
     path = Path(name)
     if name.startswith(HUB) or path.is_dir():
         return DatasetSource(name)
@@ -140,20 +140,20 @@ def open_rows(name: str) -> RowSource:
     return JsonSource(name)
 
 
-def _parse(line: bytes | None) -> Row | UnusableRecord:
+def _parse(line: bytes | None) -> Row | UnusableRecordError:
     if line is None:
-        return UnusableRecord("too large", f"more than {MAX_TEXT_BYTES:,} bytes")
+        return UnusableRecordError("too large", f"more than {MAX_TEXT_BYTES:,} bytes")
     try:
         record = json.loads(line.decode("utf-8-sig"))
         if b"\\u" in line:  # JSON can hold half a surrogate pair, which no tokenizer takes
             json.dumps(record, ensure_ascii=False).encode()
         return _columns(record)
     except (ValueError, RecursionError) as error:
-        return UnusableRecord("not JSON", " ".join(str(error).split()))
+        return UnusableRecordError("not JSON", " ".join(str(error).split()))
 
 
-def _columns(record: object) -> Row | UnusableRecord:
+def _columns(record: object) -> Row | UnusableRecordError:
     """The columns that say something: tables fill absent ones with None."""
     if not isinstance(record, dict):
-        return UnusableRecord("not a JSON object", f"found {type(record).__name__}")
+        return UnusableRecordError("not a JSON object", f"found {type(record).__name__}")
     return {key: value for key, value in record.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Conversations as token ids, and which of those a model learns, by a chat template as transformers knows it."""
+"""Conversations as token ids, and which of those a model learns, by transformers' chat templates."""
 
 import copy
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from megalite.error import UnusableRecord
+from megalite.error import UnusableRecordError
 from megalite.tokenizer.config_file import token_text
 from megalite.tokenizer.error import TokenizerError
 from megalite.tokenizer.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ Spans = list[tuple[int, int]]  # [begin, end) of characters
 class ChatTemplate:
     """A Jinja template with the special tokens of a tokenizer.
 
-    name: of the template, for messages. source: its text, in which `{% generation %}` may mark what is learnt.
+    name: for messages. source: the text, in which `{% generation %}` may mark what is learnt.
     """
 
     def __init__(self, tokenizer: Tokenizer, source: str, name: str) -> None:
@@ -47,19 +47,19 @@ class ChatTemplate:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The text of a conversation; with the generation prompt, up to where an answer begins.
 
-        Raises UnusableRecord when the template does not take it.
+        Raises UnusableRecordError when the template does not take it.
         """
         return self._render(messages, add_generation_prompt)[0]
 
     def encode(
         self, messages: Sequence[Message], num_prompt_messages: int = 0
     ) -> tuple[list[int], list[bool]]:
-        """Token ids of a conversation, and per token whether it is learnt: what the assistant says, to its end.
+        """Token ids of a conversation, and of each whether it is learnt: what the assistant says, to its end.
 
         num_prompt_messages: so many messages at the beginning are not learnt, whoever says them.
 
-        Raises UnusableRecord when nothing of it is learnt or the template does not take it, and TokenizerError
-        when what is learnt cannot be told from the template.
+        Raises UnusableRecordError when nothing of it is learnt or the template does not take it, and
+        TokenizerError when what is learnt cannot be told from the template.
         """
         text, spans = self._learnt(messages, num_prompt_messages)
         encoding = self._backend.encode(text, add_special_tokens=False)
@@ -69,7 +69,7 @@ class ChatTemplate:
             tokens = range(bisect_right(ends, begin), bisect_left(begins, end))
             is_learnt[tokens.start : tokens.stop] = [True] * len(tokens)
         if not any(is_learnt):
-            raise UnusableRecord("no assistant text", "the chat template marks none")
+            raise UnusableRecordError("no assistant text", "the chat template marks none")
         return encoding.ids, is_learnt
 
     def _learnt(self, messages: Sequence[Message], num_prompt_messages: int) -> tuple[str, Spans]:
@@ -93,12 +93,10 @@ class ChatTemplate:
     def _prefix_length(self, messages: Sequence[Message], text: str, prompted: bool) -> int:
         prefix = self.render(messages, prompted)
         if not text.startswith(prefix):
-            found = (
-                f"the first {len(messages)} messages alone are not the beginning of the whole conversation"
-            )
+            found = f"the first {len(messages)} messages alone do not begin the whole conversation"
             raise TokenizerError(
-                f"chat template {self.name}: {found}, so what is learnt cannot be told: mark it in the template "
-                "with {% generation %} and {% endgeneration %}"
+                f"chat template {self.name}: {found}, so what is learnt cannot be told: mark it "
+                "in the template with {% generation %} and {% endgeneration %}"
             )
         return len(prefix)
 
@@ -106,18 +104,19 @@ class ChatTemplate:
         from jinja2 import TemplateError, TemplateSyntaxError  # slow to import, as transformers is
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        options = {"add_generation_prompt": prompted, "return_assistant_tokens_mask": marks}
+        render: Any = render_jinja_template  # whose annotation says less than it returns
+        options = {"add_generation_prompt": prompted, "return_assistant_tokens_mask": marks, **self._special}
         try:
-            texts, spans = render_jinja_template(
-                [list(messages)], chat_template=self.source, **options, **self._special
-            )
+            texts, spans = render([list(messages)], chat_template=self.source, **options)
         except TemplateSyntaxError as error:
             raise TokenizerError(
                 f"chat template {self.name}: line {error.lineno}: {error.message}"
             ) from error
         except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             reason = " ".join(str(error).split())
-            raise UnusableRecord(f"messages that chat template {self.name} does not take", reason) from error
+            raise UnusableRecordError(
+                f"messages that chat template {self.name} does not take", reason
+            ) from error
         return texts[0], spans[0] if marks else []
 
     @cached_property
@@ -129,7 +128,7 @@ class ChatTemplate:
 
 
 def open_template(tokenizer: Tokenizer, template: str | None = None) -> ChatTemplate | None:
-    """A template by the name of one of ours or as a Jinja file; None stands for the tokenizer's own, if it has one.
+    """A template by the name of one of ours or as a Jinja file; None stands for the tokenizer's own, if any.
 
     Raises TokenizerError when there is no such template, or it needs tokens that the tokenizer does not have.
     """
