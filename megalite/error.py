@@ -8,6 +8,14 @@ class UserError(ValueError):
     """What is wrong, with both values, and the remedy: one line for a person. Base of all such errors."""
 
 
+class UnusableRecordError(UserError):
+    """Why one record among many cannot be learnt from: a reason to count it under, and a detail."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        self.reason, self.detail = reason, detail
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+
+
 def told_to_users(error: BaseException) -> str | None:
     """The one line to tell of an error; None when it is ours to mend, and its traceback must be seen.
 

@@ -4,20 +4,23 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megalite.data.blend import BlendedDataset
+from megalite.data.chat_samples import ChatDatasets, ChatSamples
 from megalite.data.datasets import Datasets, SampleDataset
 from megalite.data.error import DataError
 
-_INFORMATION = {"prefix"}  # data may move
+_INFORMATION = {"prefix", "passes"}  # data may move, and a longer run pass through it more often
 _LENGTH_OF_VALIDATION = {"epochs"}  # grows with the run
 
 
-def describe_data(datasets: Datasets) -> dict[str, Any]:
+def describe_data(datasets: Datasets | ChatDatasets) -> dict[str, Any]:
     """The files of a run and all that decides which samples they give, in which order; JSON-able."""
     parts = datasets._asdict().items()
     return {part: _describe(dataset) for part, dataset in parts if dataset is not None}
 
 
-def _describe(dataset: SampleDataset) -> list[dict[str, Any]]:
+def _describe(dataset: SampleDataset | ChatSamples) -> list[dict[str, Any]]:
+    if isinstance(dataset, ChatSamples):
+        return dataset.description
     if isinstance(dataset, BlendedDataset):
         shares = zip(dataset.datasets, dataset.weights, strict=True)
         return [{**_describe(one)[0], "weight": weight} for one, weight in shares]

@@ -15,8 +15,8 @@ from megalite.data.indexed_dataset import DTYPES, HEADER, MAGIC, VERSION, Indexe
 from megalite.data.token_ids import check_ids
 from megalite.files import aside_of, sync, written_aside
 
-UINT16, INT32 = DTYPES[8], DTYPES[4]
-_CODES = {UINT16: 8, INT32: 4}  # what is written; more is read
+UINT8, UINT16, INT32 = DTYPES[1], DTYPES[8], DTYPES[4]
+_CODES = {UINT8: 1, UINT16: 8, INT32: 4}  # what is written; more is read
 _LARGEST_UINT16_VOCABULARY = 65_500  # Megatron's own limit
 _MAX_LENGTH = 2**31 - 1  # tokens of one sequence, an i32 in the index
 _COPY_TOKENS = 1 << 22
@@ -36,14 +36,14 @@ class IndexedDatasetWriter:
         with IndexedDatasetWriter("corpus_text_document", dtype_for(vocab_size)) as writer:
             writer.add_document([[1, 2, 3, 0]])
 
-    Raises DataError for another dtype than u16 or i32, and for ids that do not fit it.
+    Raises DataError for another dtype than u8, u16 or i32, and for ids that do not fit it.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype | type = UINT16) -> None:
         self.prefix, self.dtype = str(prefix), np.dtype(dtype)
         if self.dtype not in _CODES:
             raise DataError(
-                f"{prefix}: dtype: expected uint16 or int32, found {self.dtype}: nothing else is written"
+                f"{prefix}: dtype: expected uint8, uint16 or int32, found {self.dtype}: no other is written"
             )
         self._limit = int(np.iinfo(self.dtype).max) + 1
         self._lengths, self._boundaries = array("i"), array("q", [0])

@@ -6,8 +6,10 @@ dp_size takes the r-th of as many equal, contiguous slices. Neither the micro ba
 before matters.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Sized
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,8 +38,8 @@ class Batches(Protocol):
     def batch(self, consumed_samples: int) -> list[Batch]: ...
 
 
-class BatchLoader:
-    """Micro batches for one data-parallel rank; b samples each, with s = seq_length.
+class SampleLoader(ABC):
+    """Micro batches of one data-parallel rank; what a sample is, and how it becomes a batch, is a subclass's.
 
     reads_tokens: False on stages between the ends of a pipeline, which need neither ids nor labels.
 
@@ -46,14 +48,13 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: Samples,
+        dataset: Sized,
         *,
         global_batch_samples: int,
         num_micro_batches: int,
         dp_rank: int,
         dp_size: int,
         vocab_size: int,
-        mask_documents: bool = False,
         reads_tokens: bool = True,
     ) -> None:
         if global_batch_samples < 1 or global_batch_samples % (dp_size * num_micro_batches):
@@ -61,38 +62,61 @@ class BatchLoader:
             raise DataError(f"global batch of {global_batch_samples} samples does not divide over {pieces}")
         if not 0 <= dp_rank < dp_size:
             raise DataError(f"dp_rank: expected 0 to {dp_size - 1}, found {dp_rank}")
-        self.dataset, self.vocab_size = dataset, vocab_size
+        self.dataset, self.vocab_size, self.reads_tokens = dataset, vocab_size, reads_tokens
         self.global_batch_samples, self.num_micro_batches = global_batch_samples, num_micro_batches
         self.dp_rank, self.dp_size = dp_rank, dp_size
-        self.mask_documents, self.reads_tokens = mask_documents, reads_tokens
 
     def batch(self, consumed_samples: int) -> list[Batch]:
         """The next global batch's part for this rank, after `consumed_samples` samples of the dataset.
 
-        Returns num_micro_batches batches; labels are the inputs one token on. With mask_documents they say
-        for each input where in the sample its document starts.
+        Returns num_micro_batches batches.
 
         Raises DataError when the dataset is exhausted or holds an id outside the vocabulary.
         """
+        return self._read(self.positions(consumed_samples)).split(self.num_micro_batches)
+
+    def positions(self, consumed_samples: int) -> range:
+        """Which samples of the dataset that is."""
         end = consumed_samples + self.global_batch_samples
         if consumed_samples < 0 or end > len(self.dataset):
             asked = f"the batch needs samples {consumed_samples} to {end - 1}, found {len(self.dataset)}"
             raise DataError(f"the data is exhausted: {asked}: take fewer steps or build more samples")
         size = self.global_batch_samples // self.dp_size
         first = consumed_samples + self.dp_rank * size
-        return self._read(range(first, first + size)).split(self.num_micro_batches)
+        return range(first, first + size)
+
+    @abstractmethod
+    def _read(self, positions: range) -> Batch:
+        """Those samples as one batch."""
+
+    def _check_ids(self, ids: np.ndarray, positions: range) -> None:
+        """Raise DataError at an id outside the vocabulary; ids [rows, s], equally many rows per sample."""
+        size = ids.size // len(positions)
+        check_ids(
+            ids.reshape(-1),
+            self.vocab_size,
+            lambda place: f"sample {positions.start + place // size}",
+            _REMEDY,
+        )
+
+
+class BatchLoader(SampleLoader):
+    """Micro batches of token files: b samples each, with s = seq_length; labels are the inputs one token on.
+
+    mask_documents: whether they say for each input where in the sample its document starts.
+    """
+
+    dataset: Samples
+
+    def __init__(self, dataset: Samples, *, mask_documents: bool = False, **slices: Any) -> None:
+        super().__init__(dataset, **slices)
+        self.mask_documents = mask_documents
 
     def _read(self, positions: range) -> Batch:
         parts: dict[str, np.ndarray] = {}
         if self.reads_tokens:
             samples = np.stack([self.dataset[position] for position in positions])
-            row = samples.shape[1]
-            check_ids(
-                samples.reshape(-1),
-                self.vocab_size,
-                lambda place: f"sample {positions.start + place // row}",
-                _REMEDY,
-            )
+            self._check_ids(samples, positions)
             parts |= {"input_ids": samples[:, :-1], "labels": samples[:, 1:]}
         if self.mask_documents:
             starts = [self.dataset.document_starts(position) for position in positions]
@@ -106,7 +130,7 @@ class PreparedBatches:
     An error of a batch that is read ahead is raised when, and only if, the batch is asked for.
     """
 
-    def __init__(self, loader: BatchLoader) -> None:
+    def __init__(self, loader: SampleLoader) -> None:
         self._loader = loader
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: dict[int, Future[list[Batch]]] = {}

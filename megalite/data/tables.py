@@ -24,7 +24,7 @@ class ParquetTable:
         import pyarrow.parquet
 
         self.path, self.keys = path, keys
-        with _errors_name(str(path), "Parquet"):
+        with errors_name(str(path), "Parquet"):
             self._file = pyarrow.parquet.ParquetFile(
                 path, buffer_size=1 << 20, page_checksum_verification=True
             )
@@ -33,7 +33,7 @@ class ParquetTable:
 
     def read(self) -> Iterator[Columns]:
         """All rows, some at a time."""
-        with _errors_name(str(self.path), "Parquet"):
+        with errors_name(str(self.path), "Parquet"):
             batches = self._file.iter_batches(_ROWS_AT_ONCE, columns=list(self.keys), use_threads=False)
             yield from (_columns(batch, self.keys) for batch in batches)
 
@@ -46,18 +46,18 @@ class HubTable:
 
     def __init__(self, name: str, subset: str | None, split: str, keys: tuple[str, ...]) -> None:
         self.name, self.keys = name, keys
-        with _errors_name(name, "dataset"):
+        with errors_name(name, "dataset"):
             self._rows = _open_stream(name.removeprefix(HUB), subset, split)
 
     def read(self) -> Iterator[Columns]:
         """All rows, some at a time."""
-        with _errors_name(self.name, "dataset"):
+        with errors_name(self.name, "dataset"):
             for table in self._rows.with_format("arrow").iter(_ROWS_AT_ONCE):
                 _check_columns(self.name, table.schema, self.keys)
                 yield _columns(table, self.keys)
 
 
-class _errors_name:  # noqa: N801  a context manager that reads as a verb
+class errors_name:  # noqa: N801  a context manager that reads as a verb
     """Turns what a foreign reader raises, of whatever class, into one line that names the input."""
 
     def __init__(self, name: str, kind: str) -> None:

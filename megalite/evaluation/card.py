@@ -94,7 +94,8 @@ def _describe_data(data: Mapping[str, list[Facts]]) -> Iterator[str]:
     for part, files in data.items():
         rows = [
             f"| {Path(file['prefix']).name} | {'' if file['weight'] is None else file['weight']} "
-            f"| {file['bin_bytes']:,} | {sum(file['epochs'])} | {file['idx_sha256']} |"
+            f"| {file['bin_bytes']:,} | {file.get('passes') or sum(file['epochs'])} "
+            f"| {file['idx_sha256']} |"
             for file in files
         ]
         head = f"| {part} | weight | bytes of ids | passes at most | SHA-256 of the index |"

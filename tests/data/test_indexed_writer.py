@@ -92,7 +92,7 @@ def test_floats_and_lengths_that_do_not_add_up_are_refused(tmp_path):
             writer.add_documents(np.array([1, 2]), np.array([3]))
         with pytest.raises(DataError, match="at least 0, found -1"):
             writer.add_documents(np.array([1, 2]), np.array([3, -1]))
-    with pytest.raises(DataError, match="expected uint16 or int32, found int64"):
+    with pytest.raises(DataError, match="expected uint8, uint16 or int32, found int64"):
         IndexedDatasetWriter(tmp_path / "q", np.int64)
 
 

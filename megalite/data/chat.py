@@ -1,0 +1,120 @@
+"""Sources of conversations, or of pairs, to the samples of a run: the one entrance.
+
+conversations = open_conversations(["chat.jsonl"], tokenizer, template, seq_length=2048, cache_dir=...)
+samples = conversations.samples(order, count=1000)
+loader = ChatLoader(samples, global_batch_samples=..., ...)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megalite.data.blend import parse_blend
+from megalite.data.chat_samples import ChatSamples
+from megalite.data.conversation import Encoder, RecordEncoder, Template
+from megalite.data.error import DataError
+from megalite.data.packing import SampleOrder
+from megalite.data.prepared import PreparedSource, open_prepared
+from megalite.data.rows import open_rows
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ChatData:
+    """Sources with their tokens: of conversations (sequences_per_item 1), or of pairs (2)."""
+
+    sources: tuple[PreparedSource, ...]
+    weights: tuple[float, ...] | None
+    sequences_per_item: int
+
+    def __len__(self) -> int:
+        """Conversations or pairs."""
+        return sum(len(source) for source in self.sources) // self.sequences_per_item
+
+    def samples(self, order: SampleOrder, count: int | None) -> ChatSamples:
+        """`count` samples, in as many epochs as they take; None for one epoch, which takes no weights.
+
+        Raises DataError when pairs are to be packed, or one epoch has weights.
+        """
+        if order.packing and self.sequences_per_item > 1:
+            raise DataError("pairs cannot share samples: set data.packing=false")
+        return ChatSamples(
+            self.sources, self.weights, order, count, sequences_per_item=self.sequences_per_item
+        )
+
+    def once(self, seq_length: int, multiple_of: int = 1) -> ChatSamples:
+        """Each conversation or pair in a sample of its own, in order, whatever the weights.
+
+        The last samples are the first ones again, to make their number a multiple of a global batch.
+        """
+        order = SampleOrder(seq_length, seed=0, packing=False, shuffle=False)
+        count = -(-len(self) // multiple_of) * multiple_of
+        return ChatSamples(self.sources, None, order, count, sequences_per_item=self.sequences_per_item)
+
+
+def open_conversations(
+    sources: Sequence[str],
+    tokenizer: Encoder,
+    template: Template | None,
+    *,
+    seq_length: int,
+    cache_dir: str | Path,
+    report: Report | None = None,
+    progress: bool = False,
+) -> ChatData:
+    """Conversations of files, folders or hf:NAME, or weight and source in turn; prepared once, then found.
+
+    template: may be None where no source has messages. report: is told of each source what was left out.
+
+    Raises DataError for a source that cannot be read, or of which nothing can be used.
+    """
+    encoder = RecordEncoder(tokenizer, template, seq_length)
+    return _open("conversations", sources, encoder, cache_dir, report, progress)
+
+
+def open_pairs(
+    sources: Sequence[str],
+    tokenizer: Encoder,
+    template: Template | None,
+    *,
+    seq_length: int,
+    cache_dir: str | Path,
+    report: Report | None = None,
+    progress: bool = False,
+) -> ChatData:
+    """Pairs of a chosen and a rejected answer; the rest as `open_conversations`."""
+    return _open(
+        "pairs", sources, RecordEncoder(tokenizer, template, seq_length), cache_dir, report, progress
+    )
+
+
+def _open(
+    kind: str,
+    sources: Sequence[str],
+    encoder: RecordEncoder,
+    cache_dir: str | Path,
+    report: Report | None,
+    progress: bool,
+) -> ChatData:
+    names, weights = parse_blend(sources)
+    made_from = {
+        "kind": kind,
+        "tokenizer": encoder.tokenizer.fingerprint(),
+        "template": encoder.template and encoder.template.fingerprint,
+        "seq_length": encoder.seq_length,
+    }
+    opened = []
+    for name in names:
+        source = open_prepared(
+            open_rows(name),
+            encoder.conversation if kind == "conversations" else encoder.pair,
+            made_from=made_from,
+            vocab_size=encoder.tokenizer.vocab_size,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+        opened.append(source)
+        if report:
+            report(source.summary())
+    return ChatData(tuple(opened), tuple(weights) if weights else None, 1 if kind == "conversations" else 2)
