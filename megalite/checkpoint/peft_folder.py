@@ -23,6 +23,7 @@ from megalite.checkpoint.tensor_file import (
     DTYPE_NAMES,
     Entry,
     TensorFile,
+    hash_file,
     write_plain_tensor_file,
     write_text_file,
 )
@@ -164,6 +165,11 @@ class PeftFolder:
         except (KeyError, ValidationError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else error.errors()[0]["msg"]
             raise CheckpointError(f"{self.path / ADAPTER_CONFIG} is not of LoRA: {reason}") from None
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of its weights."""
+        return hash_file(self.path / ADAPTER_WEIGHTS)
 
     def check(self, lora: LoraConfig, model: ModelConfig) -> None:
         """Raise CheckpointError unless it is an adapter as `lora` describes it, of the layers of `model`."""

@@ -131,19 +131,19 @@ class PreparedBatches:
     """
 
     def __init__(self, loader: SampleLoader) -> None:
-        self._loader = loader
+        self.loader = loader
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._ahead: dict[int, Future[list[Batch]]] = {}
 
     def batch(self, consumed_samples: int) -> list[Batch]:
         """As the loader's."""
         ready = self._ahead.pop(consumed_samples, None) or self._start(consumed_samples)
-        following = consumed_samples + self._loader.global_batch_samples
+        following = consumed_samples + self.loader.global_batch_samples
         self._ahead = {following: self._start(following)}
         return ready.result()
 
     def _start(self, consumed_samples: int) -> Future[list[Batch]]:
-        return self._thread.submit(self._loader.batch, consumed_samples)
+        return self._thread.submit(self.loader.batch, consumed_samples)
 
 
 def check_vocabulary(indexed: IndexedDataset, vocab_size: int, max_tokens: int = 64 << 20) -> None:

@@ -81,7 +81,7 @@ def build_loader(
 
 
 def references_file(chat: ChatData, run: RunConfig, start: str) -> Path:
-    """Where log-probabilities are kept, beside the data. start: a fingerprint of the weights that gave them."""
+    """Where log-probabilities are kept, beside the data. start: a fingerprint of the weights of the start."""
     made_from = [start, run.data.seq_length, [source.sha256 for source in chat.sources]]
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
     return cache_folder(run) / f"references-{key}.npy"
