@@ -156,8 +156,8 @@ def _check_all_there(path: Path, files: dict[Numbers, Path]) -> None:
     lengths = {len(numbers) for numbers in files}
     if len(lengths) > 1:
         raise CheckpointError(
-            f"{path} has files of several layouts, whose names have {sorted(lengths)} numbers: "
-            "move those of the others away"
+            f"{path} has files of several layouts, with {' and '.join(map(str, sorted(lengths)))} numbers in "
+            "their names: keep those of one"
         )
     for numbers in product(*(range(max(n) + 1) for n in zip(*files, strict=True))):
         if numbers not in files or not files[numbers].is_file():

@@ -91,7 +91,6 @@ if "use_qk_norm" in ModelConfig.model_fields:
     VARIANTS["norms of heads"] = {"qk_layernorm": True, "kv_channels": 16}
 if "attention_out_bias" in ModelConfig.model_fields:
     VARIANTS["biases of heads"] = {"add_qkv_bias": True}
-UNEVEN = {"num_layers": 3, "decoder_first_pipeline_num_layers": 1}
 
 
 ON_CPU: dict[str, Any] = {
