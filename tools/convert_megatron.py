@@ -29,7 +29,7 @@ and holds weights alone; a run begins with it under checkpoint.start_from.
 
 To Megatron: the classic form, for any tensor, pipeline and expert parallel size, or with
 --ckpt-format torch_dist the distributed form, which Megatron loads on any ranks. Where stages cannot have
-equally many layers, the first and the last have fewer. Train on with the same --ckpt-format,
+equally many layers, the first and the last have others. Train on with the same --ckpt-format,
 --use-checkpoint-args and --finetune, or --no-load-optim and --no-load-rng; what Megatron does not take from a
 checkpoint is printed, to be told to it. It loads what it finds and says little of names that it does not:
 --transformer-impl must be the one that it will run with.

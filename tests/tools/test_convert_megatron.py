@@ -7,13 +7,16 @@ import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
-from megalite.checkpoint import megatron, megatron_conversion
+from megalite.checkpoint import megatron, megatron_args, megatron_conversion
+from megalite.checkpoint.megatron_args import args_of_model, layout_args
+from megalite.config.model import ModelConfig
 from tests.checkpoint.megatrons import VARIANTS, load_gpt
 from tests.harness import run_distributed
 from tests.tools.conversions import (
@@ -30,6 +33,7 @@ from tests.tools.conversions import (
 )
 from tools import convert_megatron
 
+LLAMA3 = {"rope_type": "llama3"} | megatron_args.LLAMA3
 CASES = [
     *((variant, tp_size, 1, 1) for variant in VARIANTS for tp_size in (1, 2)),
     ("tied", 1, 2, 1),
@@ -121,6 +125,26 @@ def test_stages_that_cannot_be_equal_are_loaded_by_megatron(tmp_path, capfd):
     told = "--decoder-first-pipeline-num-layers 2 --decoder-last-pipeline-num-layers 1"
     assert told in capfd.readouterr().err
     assert_same_logits(our_logits(tmp_path), run_distributed(load_gpt, 4, tmp_path / "back")[-1])
+
+
+TOLD: list[tuple[dict[str, Any], list[int], str]] = [
+    ({}, [1, 1], ""),
+    ({}, [3, 2], "--decoder-first-pipeline-num-layers 3 --decoder-last-pipeline-num-layers 2"),
+    ({"use_qk_norm": True, "rms_norm_eps": 1e-6}, [2], "--norm-epsilon 1e-06 --qk-layernorm"),
+    ({"rope_scaling": LLAMA3 | {"factor": 16.0}}, [2], "--rope-scaling-factor 16.0 --use-rope-scaling"),
+    ({"rope_scaling": LLAMA3 | {"factor": 8.0}}, [2], "--use-rope-scaling"),
+    (
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        [2],
+        "--rotary-seq-len-interpolation-factor 4",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "stages", "options"), TOLD)
+def test_what_megatron_does_not_take_from_a_checkpoint_is_told(fields, stages, options):
+    args = args_of_model(ModelConfig(**fields)) | layout_args(1, stages, 1)
+    assert convert_megatron.to_be_told(args) == options
 
 
 # Spellings
