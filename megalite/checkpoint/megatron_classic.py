@@ -107,7 +107,7 @@ class ClassicFolder:
             )
         tp_size = args.get("tensor_model_parallel_size")
         experts_tp = args.get("expert_tensor_parallel_size") or tp_size
-        if args.get("num_experts") and experts_tp != tp_size:
+        if args.get("num_experts") and tp_size and experts_tp != tp_size:
             raise CheckpointError(
                 f"{self.path}: expert_tensor_parallel_size is {experts_tp} and tensor_model_parallel_size "
                 f"{tp_size}, which is not read from files per rank: let Megatron save it with "

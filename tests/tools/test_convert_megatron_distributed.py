@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,15 @@ def test_the_folder_is_what_megatron_expects(tmp_path):
         "common_backend": "torch",
         "common_backend_version": 1,
     }
+
+
+def test_layers_that_all_have_experts_are_stacks_under_megatrons_own_frequency(tmp_path):
+    """Which is 1, and not a list of ones: then Megatron would ask for each layer by name."""
+    folder = exported(tmp_path, "softmax experts")
+    key = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
+    assert index_of(folder).state_dict_metadata[key].size == (3, 4, 40, 32)
+    with torch.serialization.safe_globals([Namespace]):
+        assert torch.load(folder / "iter_0000000" / "common.pt")["args"].moe_layer_freq == 1
 
 
 # Memory
