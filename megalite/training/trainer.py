@@ -96,6 +96,7 @@ class StageTrainer:
         self.runner = PipelineRunner(self.engine, peers, loss_chunk=0 if self.share.has_head else None)
         self.balancing = self._balancing(run)
         self.batch_samples = deepspeed.train_batch_size
+        self.micro_batch_samples = deepspeed.train_micro_batch_size_per_gpu
         self.vocab_size, self.hidden_size = run.model.vocab_size, run.model.hidden_size
         place = (stages.rank, stages.size, num_micro_batches)
         self._training = build_schedule(parallel.pipeline_schedule, *place)
