@@ -38,10 +38,12 @@ SOFTMAX = EXPERTS.model_copy(
     update={"scoring_func": "softmax", "norm_topk_prob": False, "router_aux_loss_coef": 0.05}
 )
 NORMS = MODEL.model_copy(update={"use_qk_norm": True})
+QKV_BIASES = MODEL.model_copy(update={"attention_bias": True, "attention_out_bias": False})
 NORMED_EXPERTS = EXPERTS.model_copy(update={"use_qk_norm": True, "attention_bias": True})
 MODELS = {
     "dense": MODEL,
     "norms": NORMS,
+    "qkv biases": QKV_BIASES,
     "experts": EXPERTS,
     "normed experts": NORMED_EXPERTS,
     "softmax": SOFTMAX,

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from megalite.checkpoint.format import CheckpointError
 from megalite.checkpoint.hf_config import model_config
@@ -19,23 +20,28 @@ from megalite.error import run_command
 from megalite.model.flops import num_parameters
 
 EPILOG = """\
-From Megatron: the classic form (iter_0000100/mp_rank_00_000/model_optim_rng.pt, of any tensor and pipeline
-parallel size) and torch's distributed form (--ckpt-format torch_dist), of Llamas and of mixtures of experts,
-with transformer-engine or local layers. No code of a file is run. The model is what Megatron's arguments say,
-which are in the checkpoint, or what --model-config says. Megatron's embedding is padded: unless its arguments
-have vocab_size, give --vocab-size, else the padding stays. The checkpoint is of step 0 and holds weights
-alone; a run begins with it under checkpoint.start_from.
+From Megatron: the classic form (iter_0000100/mp_rank_00_000/model_optim_rng.pt, of any tensor, pipeline and
+expert parallel size) and torch's distributed form (--ckpt-format torch_dist), of Llamas and of mixtures of
+experts, with transformer-engine or local layers. No code of a file is run. The model is what Megatron's
+arguments say, which are in the checkpoint, or what --model-config says. Megatron's embedding is padded:
+unless its arguments have vocab_size, give --vocab-size, else the padding stays. The checkpoint is of step 0
+and holds weights alone; a run begins with it under checkpoint.start_from.
 
-To Megatron: the classic form. Train on with --ckpt-format torch --use-checkpoint-args --finetune, or with
---no-load-optim --no-load-rng. Megatron loads what it finds and says little of names that it does not:
+To Megatron: the classic form, for any tensor, pipeline and expert parallel size, or with
+--ckpt-format torch_dist the distributed form, which Megatron loads on any ranks. Where stages cannot have
+equally many layers, the first and the last have others. Train on with the same --ckpt-format,
+--use-checkpoint-args and --finetune, or --no-load-optim and --no-load-rng; what Megatron does not take from a
+checkpoint is printed, to be told to it. It loads what it finds and says little of names that it does not:
 --transformer-impl must be the one that it will run with.
 
 Neither needs a GPU or Megatron. Memory: from the classic form one tensor, as its files are mapped; from the
-distributed form the model once; to Megatron one rank's file in float32.
+distributed form the model once; to the classic form one rank's file, to the distributed form one tensor.
 
 examples:
   python tools/convert_megatron.py --from-megatron downloads/llama --output runs/llama/checkpoints
   python tools/convert_megatron.py --to-megatron runs/default/checkpoints --output megatron --tp-size 2
+  python tools/convert_megatron.py --to-megatron runs/default/checkpoints --output megatron \\
+      --ckpt-format torch_dist
 """
 
 
@@ -59,8 +65,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, required=True, help="RUN_DIR/checkpoints, or a new folder for Megatron")
     add("--model-config", type=Path, metavar="FILE", help="a run's YAML, or a config.json of Hugging Face")
     add("--vocab-size", type=positive, metavar="N", help="rows of the embedding that are tokens")
+    form = "torch: files per rank; torch_dist: the distributed form (default: %(default)s)"
+    add("--ckpt-format", choices=["torch", "torch_dist"], default="torch", help=form)
     add("--tp-size", type=positive, default=1, help="tensor-parallel ranks to write for (default: 1)")
     add("--pp-size", type=positive, default=1, help="pipeline stages to write for (default: 1)")
+    add("--ep-size", type=positive, default=1, help="expert-parallel ranks to write for (default: 1)")
+    for end in ("first", "last"):
+        layers = f"decoder layers of the {end} stage (default: as even as can be)"
+        add(f"--decoder-{end}-pipeline-num-layers", type=positive, metavar="N", help=layers)
     layers = "layers that Megatron will run with (default: %(default)s)"
     add(
         "--transformer-impl",
@@ -117,10 +129,40 @@ def to_megatron(arguments: argparse.Namespace) -> None:
     print(f"checking the files of {arguments.to_megatron}", file=sys.stderr)
     checkpoint = require_checkpoint(arguments.to_megatron, lambda line: print(line, file=sys.stderr))
     weights = Weights(checkpoint, read_config(checkpoint).model, arguments.dtype)
-    local, divisor = arguments.transformer_impl == "local", arguments.make_vocab_size_divisible_by
-    target = Target(arguments.tp_size, arguments.pp_size, local, divisor)
-    export_megatron(weights, arguments.output, target)
+    target = Target(
+        form=arguments.ckpt_format,
+        tp_size=arguments.tp_size,
+        pp_size=arguments.pp_size,
+        ep_size=arguments.ep_size,
+        first_layers=arguments.decoder_first_pipeline_num_layers,
+        last_layers=arguments.decoder_last_pipeline_num_layers,
+        local=arguments.transformer_impl == "local",
+        divisor=arguments.make_vocab_size_divisible_by,
+    )
+    args = export_megatron(weights, arguments.output, target)
     print(f"wrote {num_parameters(weights.model):,} parameters of {checkpoint} to {arguments.output}")
+    if options := to_be_told(args):
+        print(f"Megatron does not take these from a checkpoint: run it with {options}", file=sys.stderr)
+
+
+# Options of Megatron that it does not take from a checkpoint, and what it takes for them.
+NOT_TAKEN = {
+    "decoder_first_pipeline_num_layers": None,
+    "decoder_last_pipeline_num_layers": None,
+    "norm_epsilon": 1e-5,
+    "qk_layernorm": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "rope_scaling_factor": 8.0,
+    "use_rope_scaling": False,
+}
+
+
+def to_be_told(args: dict[str, Any]) -> str:
+    """The options that Megatron must be given, even under --use-checkpoint-args; may be empty."""
+    given = {name: args[name] for name, absent in NOT_TAKEN.items() if args.get(name, absent) != absent}
+    return " ".join(
+        f"--{name.replace('_', '-')}" + f" {value}" * (value is not True) for name, value in given.items()
+    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from megalite.checkpoint.format import CheckpointError, Piece, Shape
+from megalite.checkpoint.megatron_layout import Stage, stages_of
 from megalite.checkpoint.weights import Part, model_parts
 from megalite.config.model import ModelConfig
 
@@ -123,40 +124,54 @@ class Tensor(NamedTuple):
         return self.row is TIED_COPY
 
     @property
+    def of_expert(self) -> bool:
+        """Whether it belongs to one of the routed experts."""
+        return self.expert is not None
+
+    @property
     def spellings(self) -> list[str]:
-        """All names that it may have: transformer engine's, local, stored; {layer} is left open."""
-        return [self._fill(name) for name in (self.row.engine, self.row.local, self.row.stored) if name]
+        """All names that it may have: transformer engine's, local, stored; {layer} and {expert} are open."""
+        return [self._of_layer(name) for name in (self.row.engine, self.row.local, self.row.stored) if name]
 
     def spelling(self, *, local: bool) -> str:
         """Its name in a model of Megatron's own layers, or in one of transformer engine's."""
-        return self._fill((local and self.row.local) or self.row.engine)
+        return self._of_layer((local and self.row.local) or self.row.engine)
 
-    def named(self, spelling: str, first_layer: int = 0) -> str:
-        """A spelling as it is in the file of a stage that begins with `first_layer`."""
-        return spelling if self.layer is None else spelling.format(layer=self.layer - first_layer)
+    def stored_spelling(self, *, local: bool) -> str:
+        """Its name in a distributed checkpoint of such a model."""
+        row = self.row
+        return self._of_layer((row.stored if local or self.of_expert else "") or row.engine)
 
-    def _fill(self, name: str) -> str:
-        prefix = "" if self.layer is None else "decoder.layers.{layer}."
-        return prefix + name.replace("{expert}", str(self.expert))
+    def named(self, spelling: str, first_layer: int = 0, expert: int | None = None) -> str:
+        """A spelling as it is in the file of a stage that begins with `first_layer`.
+
+        expert: its number there, where it is not that of the model.
+        """
+        layer = None if self.layer is None else self.layer - first_layer
+        return spelling.format(layer=layer, expert=self.expert if expert is None else expert)
+
+    def _of_layer(self, name: str) -> str:
+        return name if self.layer is None else "decoder.layers.{layer}." + name
 
 
-def megatron_tensors(model: ModelConfig, first_layer: int = 0, num_layers: int | None = None) -> list[Tensor]:
+def megatron_tensors(model: ModelConfig, stage: Stage | None = None) -> list[Tensor]:
     """The tensors of a pipeline stage, by default of the whole model.
 
     Raises CheckpointError when the model has a tensor that Megatron's has no place for.
     """
-    end = model.num_hidden_layers if num_layers is None else first_layer + num_layers
+    [whole] = stages_of([model.num_hidden_layers])
+    held = stage or whole
     parts = {part.name: part for part in model_parts(model)}
-    tensors = [_tensor(FIRST, parts)] if first_layer == 0 else []
-    for layer in range(first_layer, end):
+    tensors = [_tensor(FIRST, parts)] if held.is_first else []
+    for layer in held.layers:
         for row in ATTENTION + (EXPERTS if model.has_experts(layer) else DENSE):
             experts = range(model.n_routed_experts) if "{expert}" in row.ours else [None]
             tensors += [_tensor(row, parts, layer, expert) for expert in experts]
-    if end == model.num_hidden_layers:
-        copy = [TIED_COPY] if model.tie_word_embeddings and first_layer else []
+    if held.is_last:
+        copy = [TIED_COPY] if model.tie_word_embeddings and not held.is_first else []
         tensors += [_tensor(row, parts) for row in LAST + copy]
     found = [tensor for tensor in tensors if tensor.parts]
-    if first_layer == 0 and end == model.num_hidden_layers:
+    if held == whole:
         _check_complete(found, parts)
     return found
 
@@ -280,28 +295,3 @@ def unpack(shard: torch.Tensor, blocks: list[Block]) -> Iterator[tuple[Block, to
     for block in blocks:
         yield block, shard[at : at + block.shape[0]]
         at += block.shape[0]
-
-
-def padded_vocab_size(model: ModelConfig, tp_size: int, multiple: int) -> int:
-    """The next multiple of multiple * tp_size."""
-    unit = multiple * tp_size
-    return -(-model.vocab_size // unit) * unit
-
-
-def check_divides(model: ModelConfig, tp_size: int, pp_size: int) -> None:
-    """Raise CheckpointError unless heads and widths can be cut for tp_size ranks, and layers into stages."""
-    if model.num_hidden_layers % pp_size:
-        raise CheckpointError(
-            f"pipeline parallel size {pp_size} does not divide num_hidden_layers {model.num_hidden_layers}"
-        )
-    sizes = {"num_attention_heads": model.num_attention_heads, "intermediate_size": model.intermediate_size}
-    if model.n_routed_experts:
-        sizes["moe_intermediate_size"] = model.moe_intermediate_size or 0
-    for name, size in sizes.items():
-        if size % tp_size:
-            raise CheckpointError(f"tensor parallel size {tp_size} does not divide {name} {size}")
-    heads = model.num_key_value_heads
-    if heads % tp_size and tp_size % heads:
-        raise CheckpointError(
-            f"tensor parallel size {tp_size} neither divides num_key_value_heads {heads} nor is a multiple"
-        )

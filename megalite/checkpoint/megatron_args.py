@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megalite.checkpoint.format import CheckpointError
+from megalite.checkpoint.megatron_layout import has_equal_layers
 from megalite.config.model import ModelConfig, RopeScalingConfig
 from megalite.config.section import explain
 
@@ -147,9 +148,7 @@ def _check_computed(args: Mapping[str, Any], computed: Mapping[str, tuple[Any, A
 # To Megatron
 
 
-def args_of_model(
-    model: ModelConfig, *, tp_size: int, pp_size: int, padded_vocab_size: int
-) -> dict[str, Any]:
+def args_of_model(model: ModelConfig) -> dict[str, Any]:
     """The arguments under which Megatron computes this model.
 
     Raises CheckpointError, with the reason, where there are none.
@@ -162,19 +161,29 @@ def args_of_model(
         "group_query_attention": model.num_key_value_heads != model.num_attention_heads,
         "num_query_groups": model.num_key_value_heads,
         "vocab_size": model.vocab_size,
-        "padded_vocab_size": padded_vocab_size,
         "untie_embeddings_and_output_weights": not model.tie_word_embeddings,
         "add_position_embedding": True,
         "use_rotary_position_embeddings": True,
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "qk_layernorm": fields.get("use_qk_norm", False),
-        "tensor_model_parallel_size": tp_size,
-        "pipeline_model_parallel_size": pp_size,
-        "expert_model_parallel_size": 1,
         "data_parallel_random_init": False,
     }
     return args | _bias_args(fields) | _scaling_args(model.rope_scaling) | _expert_args(model)
+
+
+def layout_args(tp_size: int, stage_layers: list[int], ep_size: int) -> dict[str, Any]:
+    """The arguments of files for so many ranks, with stages of so many layers."""
+    first, *_, last = stage_layers * 2
+    equal = len(set(stage_layers)) == 1
+    return {
+        "tensor_model_parallel_size": tp_size,
+        "pipeline_model_parallel_size": len(stage_layers),
+        "expert_model_parallel_size": ep_size,
+        "expert_tensor_parallel_size": tp_size,
+        "decoder_first_pipeline_num_layers": None if equal else first,
+        "decoder_last_pipeline_num_layers": None if equal else last,
+    }
 
 
 def _bias_args(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -219,11 +228,12 @@ def _expert_args(model: ModelConfig) -> dict[str, Any]:
             f"only with {model.num_experts_per_tok} experts per token: this model cannot be converted"
         )
     dense = model.first_k_dense_replace
+    frequency = 1 if has_equal_layers(model) else [0] * dense + [1] * (model.num_hidden_layers - dense)
     return {
         **{name: getattr(model, ours) for name, ours in EXPERT_SIZES.items()},
         **{name: value for name, (value, _) in COMPUTED_OF_EXPERTS.items()},
         "moe_shared_expert_intermediate_size": model.shared_intermediate_size or None,
-        "moe_layer_freq": [0] * dense + [1] * (model.num_hidden_layers - dense),
+        "moe_layer_freq": frequency,
         "moe_router_score_function": model.scoring_func,
         "moe_router_pre_softmax": not sigmoid and not model.norm_topk_prob,
         "moe_router_topk_scaling_factor": model.routed_scaling_factor,

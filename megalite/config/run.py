@@ -231,7 +231,7 @@ class RunConfig(Section):
     def _evaluations_have_tasks(self) -> Self:
         needed = {
             "logging.evaluate_tasks": self.logging.evaluate_tasks,
-            "data.tokenizer": self.data.tokenizer,
+            "data.tokenizer": self.data.tokenizer or self.data.train is None,  # default data has its own
         }
         missing = [key for key, value in needed.items() if not value]
         if self.logging.evaluate_every_steps and missing:

@@ -6,10 +6,15 @@ of its export.
 
 import difflib
 import logging
+import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
+import torch
 
 from megalite.evaluation.record import EvaluationError, Measurement
 from megalite.tokenizer.tokenizer import Tokenizer
@@ -21,21 +26,30 @@ class Harness:
     Args:
         names: of tasks, groups or tags of the harness.
         folders: further places with task files, which win over the harness's own.
+        tasks_option, folder_option: where a person named the two, for the text of errors.
 
     Raises EvaluationError when the harness is not installed, a name is not known, or the data of a task
     cannot be had.
     """
 
-    def __init__(self, names: Sequence[str], folders: Sequence[Path] = ()) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        folders: Sequence[Path] = (),
+        *,
+        tasks_option: str = "--tasks",
+        folder_option: str = "--include-path",
+    ) -> None:
+        self._tasks_option, self._folder_option = tasks_option, folder_option
         try:
             from lm_eval.tasks import TaskManager
         except ImportError:
             raise EvaluationError(
-                "--tasks: expected lm-evaluation-harness, found nothing: pip install 'megalite[eval]'"
+                f"{tasks_option}: expected lm-evaluation-harness, found nothing: pip install 'megalite[eval]'"
             ) from None
         for folder in folders:
             if not folder.is_dir():
-                raise EvaluationError(f"--include-path: there is no folder {folder}")
+                raise EvaluationError(f"{folder_option}: there is no folder {folder}")
         self._manager = TaskManager(include_path=[str(folder) for folder in folders])
         for name in names:
             self._check_known(name)
@@ -60,14 +74,15 @@ class Harness:
         with TemporaryDirectory() as folder:
             tokenizer.save(folder, model.config.max_position_embeddings)
             adapter = _adapter(model, folder, batch_size)
-        results = simple_evaluate(
-            model=adapter,
-            tasks=self._tasks,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            log_samples=False,
-            task_manager=self._manager,
-        )
+        with _random_states_kept():
+            results = simple_evaluate(
+                model=adapter,
+                tasks=self._tasks,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                log_samples=False,
+                task_manager=self._manager,
+            )
         return list(read_results(results))
 
     def _check_known(self, name: str) -> None:
@@ -75,8 +90,8 @@ class Harness:
         if name not in known:
             near = difflib.get_close_matches(name, known, 3)
             meant = f"did you mean {' or '.join(near)}? " if near else ""
-            remedy = "`lm_eval ls tasks` lists all, --include-path adds more"
-            raise EvaluationError(f"--tasks: there is no task {name}: {meant}{remedy}")
+            remedy = f"`lm_eval ls tasks` lists all, {self._folder_option} adds more"
+            raise EvaluationError(f"{self._tasks_option}: there is no task {name}: {meant}{remedy}")
 
     def _load(self, name: str) -> list[Any]:
         """The group of a name, or its tasks, with their data."""
@@ -87,11 +102,25 @@ class Harness:
         except (OSError, DatasetsError) as error:
             reason = " ".join(str(error).split())
             raise EvaluationError(
-                f"--tasks: the data of {name} cannot be had: {reason}: a task of the harness fetches it from "
-                "the Hugging Face Hub once; without a network, name local tasks with --include-path"
+                f"{self._tasks_option}: the data of {name} cannot be had: {reason}: a task of the harness "
+                f"fetches it from the Hugging Face Hub once; without a network, name local tasks "
+                f"with {self._folder_option}"
             ) from None
         groups = loaded["groups"]
         return [groups[name]] if name in groups else list(loaded["tasks"].values())
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """The harness seeds Python, NumPy and torch: what draws from them afterwards goes on as if it had not."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def _adapter(model: Any, tokenizer: str, batch_size: int) -> Any:

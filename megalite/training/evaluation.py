@@ -16,8 +16,11 @@ from megalite.training.world import on_rank_0
 class LiveEvaluation:
     """What a run is evaluated on while it goes on; the harness is on rank 0 alone. Collective.
 
+    The numbers are those of the export: the context is model.max_position_embeddings, and what is longer
+    loses its beginning. One micro batch is computed at once, since rank 0 takes whole logits.
+
     Raises JobError on all ranks, before anything is trained, when the harness, a task, its data or a
-    tokenizer with an end of text is missing.
+    tokenizer with an end of text is missing, or the tokenizer has more ids than the model.
     """
 
     def __init__(self, run: RunConfig, rank: int, report: Callable[[str], None]) -> None:
@@ -27,13 +30,23 @@ class LiveEvaluation:
     def _open(self) -> None:
         options = self.run.logging
         folders = [Path(options.evaluate_task_folder)] if options.evaluate_task_folder else []
-        self.harness = Harness(options.evaluate_tasks, folders)
+        self.harness = Harness(
+            options.evaluate_tasks,
+            folders,
+            tasks_option="logging.evaluate_tasks",
+            folder_option="logging.evaluate_task_folder",
+        )
         assert self.run.data.tokenizer is not None
         self.tokenizer = load_tokenizer(self.run.data.tokenizer)
         if self.tokenizer.eos_token is None:
             raise EvaluationError(
                 f"logging.evaluate_tasks: tokenizer {self.tokenizer.name} has no end of text, which the "
                 "harness needs: choose another data.tokenizer, or set logging.evaluate_every_steps=0"
+            )
+        if self.tokenizer.vocab_size > self.run.model.vocab_size:
+            raise EvaluationError(
+                f"data.tokenizer: {self.tokenizer.name} has {self.tokenizer.vocab_size} ids and "
+                f"model.vocab_size is {self.run.model.vocab_size}: name the tokenizer that made the data"
             )
 
     def __call__(self, trainer: StageTrainer) -> dict[str, float]:
@@ -57,5 +70,5 @@ class LiveEvaluation:
             self.tokenizer,
             num_fewshot=options.evaluate_fewshot,
             limit=options.evaluate_limit,
-            batch_size=trainer.batch_samples,
+            batch_size=trainer.micro_batch_samples,
         )

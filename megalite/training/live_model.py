@@ -29,6 +29,7 @@ class LiveModel:
     def __init__(self, trainer: StageTrainer) -> None:
         self.trainer, self.context = trainer, trainer.context
         topology, stages = self.context.topology, self.context["pp"]
+        self._answering = False
         first_of_last_stage = (stages.size - 1) * topology["pp"].stride
         self._sources = topology.members(first_of_last_stage, *DATA_AXES)  # who has logits, by data rank
 
@@ -43,7 +44,8 @@ class LiveModel:
                 try:
                     return action(self._ask)
                 finally:
-                    _tell(None)
+                    if not self._answering:  # else the others are in a forward, and hear nothing
+                        _tell(None)
             while (question := _tell()) is not None:
                 self._answer(*question)
             return None
@@ -57,8 +59,12 @@ class LiveModel:
             self.trainer.engine.train(True)
 
     def _ask(self, input_ids: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
-        _tell((input_ids, starts))
-        logits = self._answer(input_ids, starts)
+        # What is told keeps its device, which on another rank is another or none.
+        question = input_ids.cpu(), None if starts is None else starts.cpu()
+        _tell(question)
+        self._answering = True
+        logits = self._answer(*question)
+        self._answering = False
         assert logits is not None
         return logits
 

@@ -115,6 +115,7 @@ class StageTrainer:
         self.balancing = self._balancing(run)
         self.batch_samples = deepspeed.train_batch_size
         self.batch_rows = self.batch_samples * self.objective.rows_per_sample
+        self.micro_batch_samples = deepspeed.train_micro_batch_size_per_gpu
         self.vocab_size, self.hidden_size = run.model.vocab_size, run.model.hidden_size
         place = (stages.rank, stages.size, num_micro_batches)
         self._training = build_schedule(parallel.pipeline_schedule, *place)

@@ -7,6 +7,7 @@ Everything here is Megatron's own but for the arguments, which are written by ha
 import dataclasses
 from argparse import Namespace
 from contextlib import nullcontext
+from math import prod
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -18,11 +19,13 @@ import torch.distributed as dist
 pytest.importorskip("megatron.core")
 
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
+from megatron.core.safe_globals import register_safe_globals
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from megatron.core.transformer import TransformerConfig
-from megatron.core.transformer.moe import moe_utils
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 from megalite.config.model import ModelConfig
 
@@ -88,7 +91,6 @@ if "use_qk_norm" in ModelConfig.model_fields:
     VARIANTS["norms of heads"] = {"qk_layernorm": True, "kv_channels": 16}
 if "attention_out_bias" in ModelConfig.model_fields:
     VARIANTS["biases of heads"] = {"add_qkv_bias": True}
-UNEVEN = {"num_layers": 3, "num_layers_in_first_pipeline_stage": 1}
 
 
 ON_CPU: dict[str, Any] = {
@@ -107,20 +109,38 @@ ON_CPU: dict[str, Any] = {
 }
 
 
-def arguments(variant: str, tp_size: int = 1, pp_size: int = 1, **others: Any) -> Namespace:
-    layout = {"tensor_model_parallel_size": tp_size, "pipeline_model_parallel_size": pp_size}
+def arguments(variant: str, tp_size: int = 1, pp_size: int = 1, ep_size: int = 1, **others: Any) -> Namespace:
+    layout = {
+        "tensor_model_parallel_size": tp_size,
+        "pipeline_model_parallel_size": pp_size,
+        "expert_model_parallel_size": ep_size,
+    }
     return Namespace(**(DENSE | VARIANTS[variant] | layout | others))
+
+
+def world_size(args: Namespace) -> int:
+    """Of as few ranks as there can be: experts lie over data-parallel ones."""
+    sizes = "tensor_model_parallel_size", "pipeline_model_parallel_size", "expert_model_parallel_size"
+    return prod(getattr(args, size) for size in sizes)
 
 
 def build_gpt(args: Namespace) -> GPTModel:
     """This rank's part of the model that Megatron's arguments describe, as Megatron-LM makes it of them."""
     torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment,return-value]
+    torch.cuda.Stream = torch.cuda.current_stream = MagicMock()  # type: ignore[assignment,misc]
+    torch.cuda.stream = lambda _: nullcontext()  # type: ignore[assignment]
     torch.Tensor.cuda = lambda tensor: tensor  # type: ignore[assignment]
     CudaRNGStatesTracker.fork = lambda *_: nullcontext()
     moe_utils.te_general_gemm = None
-    tp_size, pp_size = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+    )
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tp_size, pp_size)
+        parallel_state.initialize_model_parallel(
+            args.tensor_model_parallel_size,
+            args.pipeline_model_parallel_size,
+            expert_model_parallel_size=args.expert_model_parallel_size,
+        )
     fields = {field.name for field in dataclasses.fields(TransformerConfig)}
     same = {name: value for name, value in vars(args).items() if name in fields}
     named_otherwise = {
@@ -129,6 +149,9 @@ def build_gpt(args: Namespace) -> GPTModel:
         "layernorm_epsilon": args.norm_epsilon,
         "gated_linear_unit": args.swiglu,
         "activation_func": torch.nn.functional.silu,
+        "num_layers_in_first_pipeline_stage": getattr(args, "decoder_first_pipeline_num_layers", None),
+        "num_layers_in_last_pipeline_stage": getattr(args, "decoder_last_pipeline_num_layers", None),
+        "moe_token_dispatcher_type": "alltoall",
     }
     config = TransformerConfig(**same | named_otherwise | ON_CPU)
     layer = (
@@ -159,12 +182,17 @@ def randomise(model: GPTModel) -> None:
 
     What ranks hold in common is equal on them: Megatron would have made it so.
     """
-    seed = 10 * dist.get_rank()
+    tp_rank, ep_rank = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_expert_model_parallel_rank(),
+    )
+    stage = parallel_state.get_pipeline_model_parallel_rank()
     for index, (name, tensor) in enumerate(model.state_dict().items()):
         if tensor is None or "_extra_state" in name:
             continue
-        common = not getattr(dict(model.named_parameters()).get(name), "tensor_model_parallel", False)
-        generator = torch.Generator().manual_seed(1000 * index + (0 if common else seed))
+        cut = getattr(dict(model.named_parameters()).get(name), "tensor_model_parallel", False)
+        seed = 10 * stage + tp_rank * cut + 100 * ep_rank * ("local_experts" in name)
+        generator = torch.Generator().manual_seed(1000 * index + seed)
         if "expert_bias" in name:
             tensor.uniform_(-0.2, 0.2, generator=generator)
         elif tensor.dim() == 1:
@@ -221,6 +249,8 @@ def rank_folder(folder: Path) -> Path:
         parallel_state.get_pipeline_model_parallel_rank(),
     )
     of_stage = f"_{stage:03d}" if parallel_state.get_pipeline_model_parallel_world_size() > 1 else ""
+    if parallel_state.get_expert_model_parallel_world_size() > 1:
+        of_stage += f"_{parallel_state.get_expert_model_parallel_rank():03d}"
     return folder / f"iter_{ITERATION:07d}" / f"mp_rank_{tp_rank:02d}{of_stage}"
 
 
@@ -240,11 +270,14 @@ def save_gpt(rank: int, args: Namespace, folder: Path, distributed: bool = False
     return gpt_logits(model)
 
 
-def save_distributed(model: GPTModel, state: dict[str, Any], folder: Path) -> None:
-    """As Megatron-LM does under --ckpt-format torch_dist; it waits for a GPU, which is not there."""
+def wait_for_no_gpu() -> None:
+    """Megatron waits for one in both ways, and there is none."""
     torch.cuda.synchronize = lambda *_: None
-    torch.cuda.Stream = torch.cuda.current_stream = MagicMock()  # type: ignore[assignment,misc]
-    torch.cuda.stream = lambda _: nullcontext()  # type: ignore[assignment]
+
+
+def save_distributed(model: GPTModel, state: dict[str, Any], folder: Path) -> None:
+    """As Megatron-LM does under --ckpt-format torch_dist."""
+    wait_for_no_gpu()
     if dist.get_rank() == 0:
         folder.mkdir(parents=True)
     dist.barrier()
@@ -258,4 +291,21 @@ def load_gpt(rank: int, folder: Path, iteration: int = 0) -> torch.Tensor | None
         model = build_gpt(torch.load(first)["args"])
         file = folder / f"iter_{iteration:07d}" / rank_folder(folder).name / "model_optim_rng.pt"
         model.load_state_dict(torch.load(file)["model"], strict=True)
+    return gpt_logits(model)
+
+
+def load_distributed(rank: int, folder: Path, layout: dict[str, Any]) -> torch.Tensor | None:
+    """Build the model of the arguments in a distributed checkpoint, for a layout, and load it; its logits.
+
+    As Megatron-LM does it, but that every key on either side must be on the other.
+    """
+    wait_for_no_gpu()
+    path = str(folder / "iter_0000000")
+    register_safe_globals()
+    common = dist_checkpointing.load_common_state_dict(path)
+    assert dist_checkpointing.load_content_metadata(preloaded_state_dict=common) is None
+    model = build_gpt(Namespace(**vars(common["args"]) | layout))
+    asked = {"model": model.sharded_state_dict()}
+    state = dist_checkpointing.load(asked, path, strict=StrictHandling.RAISE_ALL)
+    model.load_state_dict(state["model"], strict=True)
     return gpt_logits(model)

@@ -131,12 +131,13 @@ def test_a_run_is_frozen():
     ("overrides", "key"),
     [
         (["data.tokenizer=bytes"], "logging.evaluate_tasks"),
-        (["logging.evaluate_tasks=[wikitext]"], "data.tokenizer"),
+        (["logging.evaluate_tasks=[wikitext]", "data.train=corpus"], "data.tokenizer"),
     ],
 )
 def test_an_evaluation_needs_tasks_and_a_tokenizer(overrides, key):
     every = "logging.evaluate_every_steps=5"
     with pytest.raises(ConfigError, match=f"evaluate_every_steps is 5 and {key} names nothing: name it"):
         load_run(None, [every, *overrides])
-    both = ["logging.evaluate_tasks=[wikitext]", "data.tokenizer=bytes"]
-    assert load_run(None, [every, *both]).logging.evaluate_tasks == ["wikitext"]
+    tasks = "logging.evaluate_tasks=[wikitext]"
+    assert load_run(None, [every, tasks, "data.train=corpus", "data.tokenizer=bytes"])
+    assert load_run(None, [every, tasks]).data.tokenizer is None  # the default data brings its own

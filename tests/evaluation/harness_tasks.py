@@ -52,21 +52,22 @@ metric_list:
 NEW_TOKENS = 8
 GROUP = "group: tiny\ntask:\n  - tiny_choice\n  - tiny_rolling\n"
 TASKS = ("tiny_choice", "tiny_rolling", "tiny_generate")
+QUESTIONS = [text[: 2 + 3 * i] for i, text in enumerate(TEXTS)]  # unlike lengths: batches are filled up
 
 
 def write_tasks(folder: Path, continued: Callable[[str], str]) -> Path:
     """The folder, filled with task files and their data.
 
-    continued: what the model makes of a text; half of the answers of tiny_generate are that, half are not.
+    continued: what the model makes of a text: the first half of the answers of tiny_generate.
     """
     folder.mkdir()
     rows = [
         {
-            "question": text[:4],
+            "question": QUESTIONS[i],
             "choices": [text[4:40] or "?", text[:3], text[40::-1]],
             "answer": i % 3,
             "text": text,
-            "continuation": continued(text[:4]) + "?" * (i % 2),
+            "continuation": continued(QUESTIONS[i]) + "?" * (i // 4),
         }
         for i, text in enumerate(TEXTS)
     ]

@@ -12,7 +12,7 @@ import yaml
 from megalite.evaluation.harness import Harness
 from megalite.evaluation.record import Evaluation, EvaluationError
 from tests.checkpoint.llamas import random_llama, save_llama, tiny_run
-from tests.evaluation.harness_tasks import NEW_TOKENS, TASKS, write_tasks
+from tests.evaluation.harness_tasks import NEW_TOKENS, QUESTIONS, TASKS, write_tasks
 from tools import convert_to_hf, evaluate
 
 MISSING = "lm_eval is not installed: pip install 'megalite[eval]'"
@@ -40,6 +40,7 @@ class Place:
     def __init__(self, folder: Path, variant: str) -> None:
         run = tiny_run(variant)
         self.llama = random_llama(run.model)
+        self.llama.lm_head.weight.data[END] *= 3  # so that some continuations end before their last token
         self.run, self.exported = folder / "run", folder / "exported"
         save_llama(self.run / "checkpoints", self.llama, run)
         where = ["--checkpoint", str(self.run / "checkpoints"), "--output", str(self.exported)]
@@ -47,15 +48,20 @@ class Place:
         self.tasks = write_tasks(folder / "tasks", self.continued)
 
     @torch.no_grad()
-    def continued(self, text: str) -> str:
-        """Greedy, up to the end of the line: without a cache, without the harness."""
-        tokens = list(text.encode())
-        for _ in range(NEW_TOKENS):
-            tokens.append(int(self.llama(torch.tensor([tokens])).logits[0, -1].argmax()))
-            if tokens[-1] == END:
-                tokens.pop()
+    def continued_tokens(self, text: str) -> list[int]:
+        """Greedy, up to the end of the text: without a cache, without the harness."""
+        prompt = list(text.encode())
+        found: list[int] = []
+        while len(found) < NEW_TOKENS:
+            token = int(self.llama(torch.tensor([prompt + found])).logits[0, -1].argmax())
+            if token == END:
                 break
-        return bytes(tokens[len(text.encode()) :]).decode(errors="replace").partition("\n")[0]
+            found.append(token)
+        return found
+
+    def continued(self, text: str) -> str:
+        """Up to the end of the line."""
+        return bytes(self.continued_tokens(text)).decode(errors="replace").partition("\n")[0]
 
     def evaluate(self, *extra: str) -> int:
         arguments = ["--include-path", str(self.tasks), "--device", "cpu", *extra]
@@ -102,6 +108,8 @@ def test_a_checkpoint_gives_the_numbers_of_its_export_in_every_kind_of_task(tmp_
     assert found == theirs(place)
     assert {task for task, _ in found} == set(TASKS) and len(found) == 6
     assert found["tiny_generate", "exact_match"] == 0.5
+    ended = [len(place.continued_tokens(text)) < NEW_TOKENS for text in QUESTIONS]
+    assert any(ended) and not all(ended)
     assert found["tiny_rolling", "byte_perplexity"] > 100  # of a random model
 
 

@@ -7,123 +7,144 @@ import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
 
-from megalite.checkpoint import megatron, megatron_conversion
-from megalite.checkpoint.load import TensorReader, read_config
-from megalite.checkpoint.model import build_megalite_model, megalite_logits
-from megalite.checkpoint.weights import Weights
-from tests.checkpoint.megatrons import UNEVEN, VARIANTS, arguments, fixed_tokens, load_gpt, save_gpt
+from megalite.checkpoint import megatron, megatron_args, megatron_conversion
+from megalite.checkpoint.megatron_args import args_of_model, layout_args
+from megalite.config.model import ModelConfig
+from tests.checkpoint.megatrons import VARIANTS, load_gpt
 from tests.harness import run_distributed
+from tests.tools.conversions import (
+    LIKE_MEGATRON,
+    assert_same_checkpoint,
+    assert_same_logits,
+    assert_same_shards,
+    export_to,
+    import_to,
+    layout_options,
+    our_logits,
+    saved,
+    shards,
+)
 from tools import convert_megatron
 
-
-def import_to(where: Path, *extra: str) -> int:
-    output = where / "run" / "checkpoints"
-    return convert_megatron.main(
-        ["--from-megatron", str(where / "megatron"), "--output", str(output), *extra]
-    )
-
-
-def export_to(where: Path, *extra: str) -> int:
-    source = str(where / "run" / "checkpoints")
-    return convert_megatron.main(["--to-megatron", source, "--output", str(where / "back"), *extra])
-
-
-def our_logits(where: Path) -> torch.Tensor:
-    checkpoint = where / "run" / "checkpoints" / "step-00000000"
-    return megalite_logits(
-        build_megalite_model(Weights(checkpoint, read_config(checkpoint).model)), fixed_tokens()
-    )
-
-
-def assert_same_logits(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Of the tokens; Megatron has some for its padding too."""
-    theirs = theirs[..., : ours.shape[-1]]
-    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
-
-
-def saved(
-    where: Path, variant: str, tp_size: int = 1, pp_size: int = 1, distributed: bool = False
-) -> torch.Tensor:
-    """Megatron's checkpoint, and its logits."""
-    args = arguments(variant, tp_size, pp_size)
-    return run_distributed(save_gpt, tp_size * pp_size, args, where / "megatron", distributed)[-1]
-
-
-def layout_options(tp_size: int, pp_size: int) -> list[str]:
-    """The same padded vocabulary for any."""
-    sizes = ["--tp-size", str(tp_size), "--pp-size", str(pp_size)]
-    return [*sizes, "--make-vocab-size-divisible-by", str(112 // tp_size)]
-
-
-def shards(folder: Path) -> dict[tuple[str, str], torch.Tensor]:
-    """All tensors of the classic form, by folder of the rank and name."""
-    with torch.serialization.safe_globals([Namespace]):
-        states = {file.parent.name: torch.load(file)["model"] for file in folder.glob("iter_*/*/*.pt")}
-    return {(rank, name): t for rank, state in states.items() for name, t in state.items() if t is not None}
-
-
-def assert_same_shards(ours: dict, theirs: dict) -> None:
-    """Bit for bit, but for the rows of the padded vocabulary, which are zeros here."""
-    assert ours.keys() == theirs.keys() and len(theirs) > 10
-    for (rank, name), tensor in theirs.items():
-        found, rows = ours[rank, name], len(tensor)
-        assert found.dtype == tensor.dtype
-        if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
-            rows = max(0, min(rows, 101 - int(rank[8:10]) * rows))
-        assert found[:rows].equal(tensor[:rows]) and not found[rows:].any(), (rank, name)
-
-
+LLAMA3 = {"rope_type": "llama3"} | megatron_args.LLAMA3
 CASES = [
-    *((variant, tp_size, 1) for variant in VARIANTS for tp_size in (1, 2)),
-    ("tied", 1, 2),
-    ("plain", 2, 2),
+    *((variant, tp_size, 1, 1) for variant in VARIANTS for tp_size in (1, 2)),
+    ("tied", 1, 2, 1),
+    ("plain", 2, 2, 1),
+    ("biases of heads", 4, 1, 1),  # with copies of key heads
+    ("experts", 1, 1, 2),
+    ("experts", 1, 1, 4),
+    ("experts", 2, 1, 2),
+    ("softmax experts", 1, 3, 2),
 ]
 
 
-@pytest.mark.parametrize(("variant", "tp_size", "pp_size"), CASES)
+@pytest.mark.parametrize(("variant", "tp_size", "pp_size", "ep_size"), CASES)
 def test_a_model_of_megatron_gives_the_same_logits_here_and_goes_back_bit_for_bit(
-    tmp_path, variant, tp_size, pp_size
+    tmp_path, variant, tp_size, pp_size, ep_size
 ):
-    theirs = saved(tmp_path, variant, tp_size, pp_size)
+    theirs = saved(tmp_path, variant, tp_size, pp_size, ep_size)
     assert import_to(tmp_path) == 0
     ours = our_logits(tmp_path)
     assert ours.shape[-1] == 101
     assert_same_logits(ours, theirs)
-    same_as_theirs = ["--dtype", "float32", "--transformer-impl", "local"]
-    assert export_to(tmp_path, *layout_options(tp_size, pp_size), *same_as_theirs) == 0
+    assert export_to(tmp_path, *layout_options(tp_size, pp_size, ep_size), *LIKE_MEGATRON) == 0
     assert_same_shards(shards(tmp_path / "back"), shards(tmp_path / "megatron"))
 
 
-def test_stages_may_have_unequal_numbers_of_layers(tmp_path):
-    theirs = run_distributed(save_gpt, 2, arguments("plain", 1, 2, **UNEVEN), tmp_path / "megatron")[-1]
-    assert import_to(tmp_path) == 0
-    assert_same_logits(our_logits(tmp_path), theirs)
+LAYOUTS = [
+    *((variant, 2, 1, 1) for variant in VARIANTS),
+    ("biases of heads", 4, 1, 1),
+    ("experts", 1, 1, 2),
+    ("experts", 2, 1, 2),
+    ("softmax experts", 1, 3, 2),
+    ("experts", 1, 2, 2),  # three layers in stages of two and one
+]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_an_export_is_loaded_by_megatron_under_its_own_arguments(tmp_path, variant):
+@pytest.mark.parametrize(("variant", "tp_size", "pp_size", "ep_size"), LAYOUTS)
+def test_an_export_is_loaded_by_megatron_under_its_own_arguments(
+    tmp_path, variant, tp_size, pp_size, ep_size
+):
     """In another layout than it came in, every name in its place."""
     saved(tmp_path, variant)
     assert import_to(tmp_path) == 0
-    same_as_theirs = ["--dtype", "float32", "--transformer-impl", "local"]
-    assert export_to(tmp_path, *layout_options(2, 1), *same_as_theirs) == 0
-    theirs = run_distributed(load_gpt, 2, tmp_path / "back")[-1]
+    assert export_to(tmp_path, *layout_options(tp_size, pp_size, ep_size), *LIKE_MEGATRON) == 0
+    theirs = run_distributed(load_gpt, tp_size * pp_size * ep_size, tmp_path / "back")[-1]
     assert_same_logits(our_logits(tmp_path), theirs)
 
 
 @pytest.mark.parametrize(
-    ("variant", "tp_size", "pp_size"), [("plain", 1, 1), ("tied", 2, 1), ("plain", 1, 2), ("experts", 2, 1)]
+    ("variant", "tp_size", "pp_size", "ep_size"),
+    [("plain", 1, 1, 1), ("tied", 2, 1, 1), ("plain", 1, 2, 1), ("experts", 2, 1, 1), ("experts", 1, 1, 2)],
 )
-def test_the_distributed_form_gives_the_same_logits(tmp_path, variant, tp_size, pp_size):
-    theirs = saved(tmp_path, variant, tp_size, pp_size, distributed=True)
+def test_the_distributed_form_gives_the_same_logits(tmp_path, variant, tp_size, pp_size, ep_size):
+    theirs = saved(tmp_path, variant, tp_size, pp_size, ep_size, distributed=True)
     assert import_to(tmp_path) == 0
     assert_same_logits(our_logits(tmp_path), theirs)
+
+
+# Stages that are not equal
+
+
+UNEQUAL = [
+    ({"num_layers": 3, "decoder_first_pipeline_num_layers": 1}, 2),
+    ({"num_layers": 5, "decoder_first_pipeline_num_layers": 1, "decoder_last_pipeline_num_layers": 2}, 3),
+    ({"pipeline_model_parallel_layout": [["embedding"], ["decoder"] * 2, ["loss"]]}, 3),
+]
+
+
+@pytest.mark.parametrize(("told", "pp_size"), UNEQUAL)
+def test_stages_may_have_unequal_numbers_of_layers(tmp_path, told, pp_size):
+    theirs = saved(tmp_path, "plain", 1, pp_size, **told)
+    assert import_to(tmp_path) == 0
+    assert_same_logits(our_logits(tmp_path), theirs)
+    ends = [
+        option
+        for name, size in told.items()
+        if name.startswith("decoder")
+        for option in (f"--{name.replace('_', '-')}", str(size))
+    ]
+    if ends:
+        assert export_to(tmp_path, *layout_options(1, pp_size), *ends, *LIKE_MEGATRON) == 0
+        assert_same_shards(shards(tmp_path / "back"), shards(tmp_path / "megatron"))
+
+
+def test_stages_that_cannot_be_equal_are_loaded_by_megatron(tmp_path, capfd):
+    """Five layers in four stages, by the numbers that are printed and stand in the arguments."""
+    saved(tmp_path, "tied", num_layers=5)
+    assert import_to(tmp_path) == 0
+    assert export_to(tmp_path, *layout_options(1, 4), *LIKE_MEGATRON) == 0
+    told = "--decoder-first-pipeline-num-layers 2 --decoder-last-pipeline-num-layers 1"
+    assert told in capfd.readouterr().err
+    assert_same_logits(our_logits(tmp_path), run_distributed(load_gpt, 4, tmp_path / "back")[-1])
+
+
+TOLD: list[tuple[dict[str, Any], list[int], str]] = [
+    ({}, [1, 1], ""),
+    ({}, [3, 2], "--decoder-first-pipeline-num-layers 3 --decoder-last-pipeline-num-layers 2"),
+    ({"use_qk_norm": True, "rms_norm_eps": 1e-6}, [2], "--norm-epsilon 1e-06 --qk-layernorm"),
+    ({"rope_scaling": LLAMA3 | {"factor": 16.0}}, [2], "--rope-scaling-factor 16.0 --use-rope-scaling"),
+    ({"rope_scaling": LLAMA3 | {"factor": 8.0}}, [2], "--use-rope-scaling"),
+    (
+        {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        [2],
+        "--rotary-seq-len-interpolation-factor 4",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "stages", "options"), TOLD)
+def test_what_megatron_does_not_take_from_a_checkpoint_is_told(fields, stages, options):
+    args = args_of_model(ModelConfig(**fields)) | layout_args(1, stages, 1)
+    assert convert_megatron.to_be_told(args) == options
 
 
 # Spellings
@@ -159,13 +180,6 @@ def test_an_export_is_of_bfloat16_but_for_the_routers_biases(tmp_path):
     biases = {name for name, dtype in back.items() if dtype == torch.float32}
     assert biases == {f"decoder.layers.{layer}.mlp.router.expert_bias" for layer in (1, 2)}
     assert set(back.values()) == {torch.float32, torch.bfloat16}
-
-
-def assert_same_checkpoint(one: Path, other: Path) -> None:
-    first, second = (TensorReader(where / "run" / "checkpoints" / "step-00000000") for where in (one, other))
-    assert first.manifest.tensors == second.manifest.tensors
-    for entry in first.manifest.tensors:
-        assert first.read(entry.kind, entry.name).equal(second.read(entry.kind, entry.name)), entry.name
 
 
 # Wrong converters
@@ -331,7 +345,8 @@ EDITS = [
     ("*", set_args(num_layers=4), "has 2 layers, in stages of [1, 1], and the model 4"),
     ("*", set_args(ffn_hidden_size=64), "linear_fc1.weight has shape [48, 32] on each of 2 ranks"),
     ("*", set_args(vocab_size=200), "an embedding of 112 rows and the model a vocabulary of 200"),
-    ("*", set_args(expert_model_parallel_size=2), "expert_model_parallel_size is 2, which is not read"),
+    ("*", set_args(expert_model_parallel_size=2), "expert_model_parallel_size was 2 and there"),
+    ("*", set_args(num_experts=4, expert_tensor_parallel_size=1), "expert_tensor_parallel_size is 1 and"),
     ("*", set_args(virtual_pipeline_model_parallel_size=2), "virtual_pipeline_model_parallel_size is 2"),
     ("*", set_args(tensor_model_parallel_size=4), "tensor_model_parallel_size was 4 and there"),
     ("*", set_args(num_experts=4, moe_router_num_groups=2), "moe_router_num_groups is 2"),
@@ -360,11 +375,13 @@ def test_a_file_or_folder_that_is_not_there_is_refused(copied, tmp_path, capsys)
     file.write_bytes(whole[:-500])
     assert_refused(tmp_path, capsys, "model_optim_rng.pt cannot be read: ")
     file.unlink()
-    assert_refused(tmp_path, capsys, "no model_optim_rng.pt of tensor-parallel rank 0, stage 1")
+    assert_refused(tmp_path, capsys, "has no mp_rank_00_001/model_optim_rng.pt, and it has others")
     shutil.rmtree(copied / "mp_rank_00_001")
-    assert_refused(tmp_path, capsys, "no model_optim_rng.pt of tensor-parallel rank 0, stage 1")
-    (copied / "mp_rank_00_001_003").mkdir()
-    assert_refused(tmp_path, capsys, "is of expert parallelism, which is not read from files per rank")
+    assert_refused(tmp_path, capsys, "has no mp_rank_00_001/model_optim_rng.pt, and it has others")
+    shutil.copytree(copied / "mp_rank_00_000", copied / "mp_rank_00_001_003")
+    assert_refused(tmp_path, capsys, "has files of several layouts, with 2 and 3 numbers in their names")
+    (copied / "mp_rank_00_001_003").rename(copied / "mp_rank_00_x")
+    assert_refused(tmp_path, capsys, "mp_rank_00_x is no rank's folder: expected mp_rank_TT")
     shutil.rmtree(copied)
     assert_refused(tmp_path, capsys, "latest_checkpointed_iteration.txt says '7' and ")
     (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").unlink()
@@ -464,12 +481,72 @@ def test_what_is_there_is_not_written_over(copied, tmp_path, capsys):
     ("options", "message"),
     [
         (["--tp-size", "3"], "tensor parallel size 3 does not divide num_attention_heads 4"),
-        (["--pp-size", "3"], "pipeline parallel size 3 does not divide num_hidden_layers 2"),
         (["--tp-size", "32"], "tensor parallel size 32 does not divide num_attention_heads 4"),
+        (["--pp-size", "3"], "pipeline parallel size 3 is more than num_hidden_layers 2"),
+        (["--ep-size", "2"], "expert parallel size is 2 and this model has no experts"),
+        (
+            ["--pp-size", "2", "--decoder-first-pipeline-num-layers", "2"],
+            "2 layers less 2 at the ends leave 0 for 1 stages, which Megatron has equal and not empty",
+        ),
+        (
+            ["--ckpt-format", "torch_dist", "--tp-size", "2"],
+            "--tp-size is 2 and the distributed form is",
+        ),
+        (
+            ["--ckpt-format", "torch_dist", "--decoder-last-pipeline-num-layers", "1"],
+            "--decoder-last-pipeline-num-layers is 1 and the distributed form is of no ranks",
+        ),
     ],
 )
-def test_a_layout_that_does_not_divide_is_refused(copied, tmp_path, capsys, options, message):
+def test_a_layout_that_there_is_not_is_refused(copied, tmp_path, capsys, options, message):
     assert import_to(tmp_path) == 0
+    capsys.readouterr()
     assert export_to(tmp_path, *options) == 2
-    assert message in capsys.readouterr().err
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron", "run"]
+
+
+# Experts over ranks
+
+
+@pytest.fixture(scope="module")
+def experts_over_ranks(tmp_path_factory) -> Path:
+    where = tmp_path_factory.mktemp("experts")
+    saved(where, "experts", ep_size=2)
+    return where / "megatron"
+
+
+ROUTER, EXPERT = "decoder.layers.1.mlp.router.weight", "decoder.layers.2.mlp.experts.local_experts.1."
+EXPERT_EDITS = [
+    (put(ROUTER, lambda t: t + 1), "router.weight differs among expert-parallel ranks, which"),
+    (drop(f"{EXPERT}linear_fc2.weight"), "mp_rank_00_001/model_optim_rng.pt has no "),
+    (
+        put(f"{EXPERT}linear_fc1.weight", lambda t: t[:-2]),
+        "linear_fc1.weight3 has shape [38, 32] on",
+    ),
+    (lambda state: state["model"].update({f"{EXPERT}extra": torch.ones(1)}), "there is decoder.layers.2.mlp"),
+]
+
+
+@pytest.mark.parametrize(("edit", "message"), EXPERT_EDITS)
+def test_ranks_of_experts_that_do_not_fit_are_refused(experts_over_ranks, tmp_path, capsys, edit, message):
+    shutil.copytree(experts_over_ranks, tmp_path / "megatron")
+    change(tmp_path / "megatron" / "iter_0000007", "mp_rank_00_001", edit)
+    assert_refused(tmp_path, capsys, message)
+
+
+def test_a_missing_rank_of_experts_is_noticed(experts_over_ranks, tmp_path, capsys):
+    shutil.copytree(experts_over_ranks, tmp_path / "megatron")
+    shutil.rmtree(tmp_path / "megatron" / "iter_0000007" / "mp_rank_00_001")
+    assert_refused(tmp_path, capsys, "expert_model_parallel_size was 2 and there are files of 1: add")
+
+
+def test_numbers_of_files_that_experts_cannot_be_shared_out_among_are_refused(
+    experts_over_ranks, tmp_path, capsys
+):
+    shutil.copytree(experts_over_ranks, tmp_path / "megatron")
+    folder = tmp_path / "megatron" / "iter_0000007"
+    shutil.copytree(folder / "mp_rank_00_001", folder / "mp_rank_00_002")
+    change(folder, "*", set_args(expert_model_parallel_size=3))
+    assert_refused(tmp_path, capsys, "expert parallel size 3 does not divide n_routed_experts 4")

@@ -1,4 +1,5 @@
-"""Imported weights train in every layout as in a plain loop of transformers and AdamW on the same folder.
+"""Imported weights train in every layout as in a plain loop of transformers and AdamW on the same folder,
+and go out of every layout: untouched bit for bit, and trained to the same model of transformers.
 
 Tolerances are those of tests/test_equivalence.py.
 """
@@ -10,14 +11,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megalite.checkpoint.hf import import_folder
+from megalite.checkpoint.format import step_folder
+from megalite.checkpoint.hf import export, import_folder
 from megalite.checkpoint.hf_folder import HFFolder
+from megalite.checkpoint.weights import Weights
 from megalite.config.run import CheckpointConfig, RunConfig
 from megalite.training.checkpoints import Checkpoints
 from megalite.training.engine import initialize_communication
 from tests.checkpoint.llamas import random_llama
 from tests.harness import run_distributed
-from tests.reference import Curve, assert_same_numbers, learning_rate_of, train_reference
+from tests.reference import Curve, assert_same_numbers, learning_rate_of, mean_loss, train_reference
 from tests.trainers import (
     BIAS_RATE,
     MODELS,
@@ -38,6 +41,10 @@ LAYOUTS = [
     Case(tp=2, pp=2, zero=3, recompute="full"),
     Case(tp=4, zero=1, model_kind="norms"),  # with copies of key heads
     Case(pp=2, dp=2, zero=2, model_kind="norms"),
+    Case(model_kind="qkv biases"),
+    Case(tp=2, pp=2, zero=2, model_kind="qkv biases"),
+    Case(tp=4, zero=1, model_kind="qkv biases"),  # with copies of key heads, and of their biases
+    Case(tp=4, zero=3, sp=False, model_kind="qkv biases"),
     Case(tp=2, dp=2, ep=2, zero=3, model_kind="normed experts"),
 ]
 
@@ -54,10 +61,17 @@ def folders(tmp_path_factory) -> Path:
 
 
 @cache
-def expected(folders: Path, kind: str) -> Curve:
+def expected(folders: Path, kind: str) -> tuple[Curve, float]:
+    """What transformers computes, and the loss of the trained model on a further batch."""
     theirs = AutoModelForCausalLM.from_pretrained(folders / kind / "hf", dtype=torch.float32).train()
     batches = [global_batch(step) for step in range(NUM_STEPS)]
-    return train_reference(theirs, MODELS[kind], batches, bias_rate=BIAS_RATE)
+    curve = train_reference(theirs, MODELS[kind], batches, bias_rate=BIAS_RATE)
+    return curve, further_loss(theirs)
+
+
+@torch.no_grad()
+def further_loss(theirs: torch.nn.Module) -> float:
+    return mean_loss(theirs, global_batch(NUM_STEPS)).item()
 
 
 @cache
@@ -77,18 +91,39 @@ def train_case(rank: int, case: Case, folders: Path) -> Curve:
     start = CheckpointConfig(start_from=str(folders / case.model_kind / "checkpoints"))
     run = run_config(case, output_dir=str(folders / f"run {case}"), checkpoint=start)
     trainer = build_trainer(rank, case)
-    assert Checkpoints(run, deepspeed_config(case), rank, lambda text: None).resume(trainer.engine) == 0
+    checkpoints = Checkpoints(run, deepspeed_config(case), rank, lambda text: None)
+    assert checkpoints.resume(trainer.engine) == 0
+    checkpoints.save(trainer.engine, 0)
     curve = Curve()
     for step in range(NUM_STEPS):
         result = trainer.train_step(micro_batches(step, trainer.context, case), learning_rate_of(step))
         curve.losses.append(result.loss)
         curve.norms.append(result.grad_norm)
+    checkpoints.save(trainer.engine, NUM_STEPS)
     return curve
 
 
 @pytest.mark.parametrize("case", LAYOUTS, ids=str)
 def test_imported_weights_train_as_in_a_plain_loop_of_transformers(folders, case):
-    want = expected(folders, case.model_kind)
+    want, _ = expected(folders, case.model_kind)
     for curve in curves_of_world(folders, case.world_size)[case]:
         assert_same_numbers("loss", curve.losses, want.losses)
         assert_same_numbers("norm", curve.norms, want.norms)
+
+
+@pytest.mark.parametrize("case", LAYOUTS, ids=str)
+def test_what_a_layout_holds_goes_out_as_transformers_model(folders, tmp_path, case):
+    got = curves_of_world(folders, case.world_size)[case][0]
+    want, further = expected(folders, case.model_kind)
+    before = HFFolder(folders / case.model_kind / "hf").tensors
+    untouched = HFFolder(exported(folders, case, 0, tmp_path / "untouched")).tensors
+    assert before.keys() == untouched.keys()
+    assert [name for name, tensor in before.items() if not tensor.equal(untouched[name])] == []
+    folder = exported(folders, case, NUM_STEPS, tmp_path / "trained")
+    trained = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    assert_same_numbers("loss", [*got.losses, further_loss(trained)], [*want.losses, further])
+
+
+def exported(folders: Path, case: Case, step: int, output: Path) -> Path:
+    checkpoint = step_folder(folders / f"run {case}" / "checkpoints", step)
+    return export(Weights(checkpoint, case.model), output)

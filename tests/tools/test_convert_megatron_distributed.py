@@ -1,0 +1,215 @@
+"""Exports in Megatron's distributed form: megatron-core loads all of them, in any layout."""
+
+import json
+import pickle
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from megalite.checkpoint import megatron_conversion, megatron_distributed
+from megalite.checkpoint.load import read_config
+from megalite.checkpoint.megatron_conversion import Target, export_megatron
+from megalite.checkpoint.weights import Weights
+from tests.checkpoint.llamas import random_llama, save_llama, tiny_run
+from tests.checkpoint.megatrons import VARIANTS, load_distributed
+from tests.harness import run_distributed
+from tests.tools.conversions import (
+    LIKE_MEGATRON,
+    assert_same_checkpoint,
+    assert_same_logits,
+    export_to,
+    import_to,
+    our_logits,
+    saved,
+)
+
+DISTRIBUTED = ["--ckpt-format", "torch_dist"]
+
+
+def sizes(tp_size: int = 1, pp_size: int = 1, ep_size: int = 1, **others: Any) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": tp_size,
+        "pipeline_model_parallel_size": pp_size,
+        "expert_model_parallel_size": ep_size,
+        "expert_tensor_parallel_size": tp_size,
+        **others,
+    }
+
+
+def exported(where: Path, variant: str, *options: str) -> Path:
+    """Of Megatron's own random model, by way of ours."""
+    saved(where, variant)
+    assert import_to(where) == 0
+    assert export_to(where, *DISTRIBUTED, *(options or LIKE_MEGATRON)) == 0
+    return where / "back"
+
+
+def index_of(folder: Path) -> Metadata:
+    return pickle.loads((folder / "iter_0000000" / ".metadata").read_bytes())
+
+
+LAYOUTS = [
+    *((variant, sizes(tp_size=2)) for variant in VARIANTS),
+    ("plain", sizes()),
+    ("plain", sizes(tp_size=2, pp_size=2)),
+    ("tied", sizes(pp_size=2, tp_size=2)),
+    ("biases of heads", sizes(tp_size=4)),
+    ("experts", sizes(ep_size=4)),
+    ("experts", sizes(tp_size=2, ep_size=2)),
+    ("softmax experts", sizes(pp_size=3)),
+    ("experts", sizes(pp_size=2, decoder_last_pipeline_num_layers=1)),
+    ("plain", sizes(tp_size=2, padded_vocab_size=104)),  # another padding than it was written with
+]
+
+
+@pytest.mark.parametrize(("variant", "layout"), LAYOUTS)
+def test_megatron_loads_an_export_in_any_layout(tmp_path, variant, layout):
+    """Every key that it asks for, and none besides; the logits are ours."""
+    folder = exported(tmp_path, variant)
+    num_ranks = (
+        layout["tensor_model_parallel_size"]
+        * layout["pipeline_model_parallel_size"]
+        * layout["expert_model_parallel_size"]
+    )
+    theirs = run_distributed(load_distributed, num_ranks, folder, layout)[-1]
+    assert_same_logits(our_logits(tmp_path), theirs)
+
+
+@pytest.mark.parametrize("variant", ["tied", "experts", "softmax experts"])
+@pytest.mark.parametrize("layers", ["local", "transformer_engine"])
+def test_an_export_comes_in_again_bit_for_bit(tmp_path, variant, layers):
+    folder = exported(tmp_path, variant, "--dtype", "float32", "--transformer-impl", layers)
+    again = tmp_path / "again"
+    again.mkdir()
+    folder.rename(again / "megatron")
+    assert import_to(again) == 0
+    assert_same_checkpoint(again, tmp_path)
+
+
+# Written out from megatron-core's source: there is no transformer engine without a GPU.
+OF_ENGINE = {
+    "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight",
+    "decoder.layers.1.self_attention.linear_qkv.weight",
+    "decoder.layers.1.self_attention.linear_qkv._extra_state/shard_0_1",
+    "decoder.layers.1.self_attention.core_attention._extra_state/shard_0_1",
+    "decoder.layers.1.self_attention.linear_proj.weight",
+    "decoder.layers.1.self_attention.linear_proj._extra_state/shard_0_1",
+    "decoder.layers.1.pre_mlp_layernorm.weight",
+    "decoder.layers.1.pre_mlp_layernorm._extra_state/shard_0_1",
+    "decoder.layers.1.mlp.router.weight",
+    "decoder.layers.1.mlp.router.expert_bias",
+    "decoder.layers.1.mlp.experts.experts.linear_fc1.weight",
+    "decoder.layers.1.mlp.experts.experts.linear_fc2.weight",
+    *(
+        f"decoder.layers.1.mlp.experts.experts.linear_fc{i}._extra_state/shard_{expert}_4"
+        for i in (1, 2)
+        for expert in range(4)
+    ),
+    "decoder.layers.1.mlp.shared_experts.linear_fc1.weight",
+    "decoder.layers.1.mlp.shared_experts.linear_fc1._extra_state/shard_0_1",
+    "decoder.layers.1.mlp.shared_experts.linear_fc2.weight",
+    "decoder.layers.1.mlp.shared_experts.linear_fc2._extra_state/shard_0_1",
+}
+
+
+def test_the_keys_of_transformer_engine_are_written(tmp_path):
+    index = index_of(exported(tmp_path, "experts", "--dtype", "float32"))
+    assert {key for key in index.state_dict_metadata if key.startswith("decoder.layers.1.")} == OF_ENGINE
+    assert "decoder.final_layernorm._extra_state/shard_0_1" in index.state_dict_metadata
+
+
+def test_heads_norms_of_transformer_engine_have_a_state_in_each_layer(tmp_path):
+    index = index_of(exported(tmp_path, "norms of heads", "--dtype", "float32"))
+    states = {key for key in index.state_dict_metadata if "_layernorm._extra_state" in key}
+    of_layers = {
+        f"decoder.layers.self_attention.{kind}_layernorm._extra_state/shard_{layer}_2"
+        for kind in "qk"
+        for layer in range(2)
+    }
+    assert states == of_layers | {"decoder.final_layernorm._extra_state/shard_0_1"}
+
+
+def test_an_export_is_of_bfloat16_but_for_the_routers_biases(tmp_path):
+    index = index_of(exported(tmp_path, "experts", "--transformer-impl", "local"))
+    dtypes = {
+        key: entry.properties.dtype
+        for key, entry in index.state_dict_metadata.items()
+        if hasattr(entry, "properties")
+    }
+    biases = {key for key, dtype in dtypes.items() if dtype == torch.float32}
+    assert biases == {f"decoder.layers.{layer}.mlp.router.expert_bias" for layer in (1, 2)}
+    assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
+
+
+def test_the_folder_is_what_megatron_expects(tmp_path):
+    folder = exported(tmp_path, "plain")
+    assert (folder / "latest_checkpointed_iteration.txt").read_text() == "0"
+    assert {path.name for path in (folder / "iter_0000000").iterdir()} == {
+        *(".metadata", "metadata.json", "common.pt"),
+        *("__0_0.distcp", "__0_1.distcp", "__0_2.distcp"),  # the ends, and each layer
+    }
+    assert json.loads((folder / "iter_0000000" / "metadata.json").read_text()) == {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+
+
+def test_layers_that_all_have_experts_are_stacks_under_megatrons_own_frequency(tmp_path):
+    """Which is 1, and not a list of ones: then Megatron would ask for each layer by name."""
+    folder = exported(tmp_path, "softmax experts")
+    key = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
+    assert index_of(folder).state_dict_metadata[key].size == (3, 4, 40, 32)
+    with torch.serialization.safe_globals([Namespace]):
+        assert torch.load(folder / "iter_0000000" / "common.pt")["args"].moe_layer_freq == 1
+
+
+# Memory
+
+
+def test_no_more_than_a_tensor_is_held(tmp_path, monkeypatch):
+    """Each tensor that was read is gone when the next one is."""
+    checkpoint = save_llama(tmp_path / "checkpoints", random_llama(tiny_run().model), tiny_run())
+    alive, most = set[int](), 0
+
+    class Held(torch.Tensor):
+        def __del__(self) -> None:
+            alive.discard(id(self))
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        nonlocal most
+        tensor = RIGHT_SHARD(*arguments).as_subclass(Held)
+        alive.add(id(tensor))
+        most = max(most, len(alive))
+        return tensor
+
+    monkeypatch.setattr(megatron_conversion, "_shard", counted)
+    monkeypatch.setattr(megatron_distributed.torch, "save", lambda tensor, file: file.write(b"."))
+    export_megatron(
+        Weights(checkpoint, read_config(checkpoint).model), tmp_path / "out", Target("torch_dist")
+    )
+    assert most == 1
+
+
+RIGHT_SHARD = megatron_conversion._shard
+
+
+def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch, capfd):
+    saved(tmp_path, "plain")
+    assert import_to(tmp_path) == 0
+    calls = iter(range(5))
+
+    def fails(*arguments: Any) -> torch.Tensor:
+        if next(calls, None) is None:
+            raise OSError(28, "No space left on device", "back")
+        return RIGHT_SHARD(*arguments)
+
+    monkeypatch.setattr(megatron_conversion, "_shard", fails)
+    assert export_to(tmp_path, *DISTRIBUTED) == 2
+    assert "No space left on device" in capfd.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron", "run"]
