@@ -23,6 +23,7 @@ ROOMS = {
     "measure": {"model", "parallel", "config"},
     "evaluation": {"checkpoint", "measure", "tokenizer", "data", "model", "parallel", "config"},
     "training": {
+        "evaluation",
         "measure",
         "watch",
         "checkpoint",
@@ -39,7 +40,7 @@ ROOMS = {
 DOORS = {
     "deepspeed": ["training/engine.py"],
     "lm_eval": ["evaluation/harness.py"],
-    "transformers": ["tokenizer/", "checkpoint/"],
+    "transformers": ["tokenizer/", "checkpoint/", "evaluation/live.py"],
     "torch": [
         "checkpoint/",
         "data/",

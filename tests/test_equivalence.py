@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megalite.config.run import OptimizerConfig
 from megalite.parallel.shard import spec_of
 from megalite.training.engine import initialize_communication
+from megalite.training.trainer import StageTrainer
 from megalite.training.zero import inner_optimizer, master_slices
 from tests.harness import run_distributed
 from tests.reference import CLIP, Curve, assert_same_numbers, learning_rate_of, reference_curve
@@ -161,7 +162,11 @@ def run_case(rank: int, case: Case, seed: int = SEED) -> Curve:
 
 def first_gradients(rank: int, case: Case) -> dict[str, torch.Tensor]:
     """Every full weight gradient of the first step, put together from the slices of all ranks."""
-    trainer = build_trainer(rank, case, HOLDS_GRADIENTS)
+    return gradients_of_step(build_trainer(rank, case, HOLDS_GRADIENTS), case)
+
+
+def gradients_of_step(trainer: StageTrainer, case: Case) -> dict[str, torch.Tensor]:
+    """The same, of a trainer whose optimizer holds gradients; it takes the step."""
     trainer.train_step(micro_batches(0, trainer.context, case), 1e-3)
     parts = []
     optimizer = trainer.engine.optimizer

@@ -9,6 +9,7 @@ from megalite.batch import IGNORED, Batch
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.model import ModelConfig
 from megalite.config.run import BalancingConfig, DataConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megalite.config.tuning import LoraConfig
 from megalite.parallel.context import ParallelContext
 from megalite.training.trainer import StageTrainer, build_context
 
@@ -127,9 +128,10 @@ def build_trainer(
     optimizer: OptimizerConfig = ADAM,
     seed: int = SEED,
     model: ModelConfig | None = None,
+    lora: LoraConfig | None = None,
     **zero_options: Any,
 ) -> StageTrainer:
-    run = run_config(case, optimizer, seed=seed, model=model or case.model)
+    run = run_config(case, optimizer, seed=seed, model=model or case.model, lora=lora or LoraConfig())
     context = build_context(run, rank, case.world_size, torch.device("cpu"))
     return StageTrainer(run, deepspeed_config(case, **zero_options), context)
 

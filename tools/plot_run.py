@@ -1,4 +1,4 @@
-"""Draw a run, from its metrics.jsonl: loss, gradient norm, learning rate and speed.
+"""Draw a run, from its metrics.jsonl: loss, gradient norm, learning rate, speed, and evaluations.
 
 A run with experts becomes a second picture: how busy each expert of each layer was, and their balance.
 """
@@ -22,6 +22,7 @@ from megalite.measure.metrics import METRICS_FILE
 
 REQUIRED = ("step", "loss", "grad_norm", "learning_rate", "tokens_per_second")
 BLUE, ORANGE, GREY = "#2563a8", "#d9661f", "#666666"
+EVALUATION = "evaluation/"  # prefix of TASK/METRIC in a row
 MOST_COLUMNS = 200  # of a map of experts: more would be finer than its dots
 MOST_MAPS_ABREAST = 6
 
@@ -44,10 +45,16 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], title: str) -> Figure:
-    """One figure with four panels over the optimizer steps."""
-    figure = Figure(figsize=(11, 7), layout="constrained")
+    """One figure with four panels over the optimizer steps, and one for each task of an evaluation."""
+    tasks = sorted({name.split("/")[1] for row in rows for name in row if name.startswith(EVALUATION)})
+    num_lines = 2 + ceil(len(tasks) / 2)
+    figure = Figure(figsize=(11, 3.5 * num_lines), layout="constrained")
     figure.suptitle(title, fontsize=13, fontweight="bold")
-    loss, grad_norm, learning_rate, speed = figure.subplots(2, 2, sharex=True).flat
+    loss, grad_norm, learning_rate, speed, *others = figure.subplots(num_lines, 2, sharex=True).flat
+    for axes, task in zip(others, tasks, strict=False):
+        _draw_task(axes, task, rows)
+    for axes in others[len(tasks) :]:
+        axes.set_axis_off()
     _curve(loss, "Loss (nats per token)", rows, "loss", label="train")
     validated = [row for row in rows if row.get("validation_loss") is not None]
     if validated:
@@ -61,9 +68,20 @@ def draw(rows: list[dict[str, Any]], title: str) -> Figure:
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     for axes in (grad_norm, learning_rate, speed):
         axes.set_ylim(bottom=0)
-    for axes in (learning_rate, speed):
+    for axes in (others or [loss, grad_norm, learning_rate, speed])[-2:]:
         axes.set_xlabel("optimizer step", color=GREY)
     return figure
+
+
+def _draw_task(axes: Axes, task: str, rows: list[dict[str, Any]]) -> None:
+    """All metrics of one task of lm-evaluation-harness."""
+    prefix = f"{EVALUATION}{task}/"
+    names = sorted({name for row in rows for name in row if name.startswith(prefix)})
+    for name in names:
+        steps, values = _columns([row for row in rows if name in row], name)
+        axes.plot(steps, values, marker="o", markersize=4, linewidth=1.2, label=name.removeprefix(prefix))
+    axes.legend(frameon=False)
+    _dress(axes, f"Evaluation: {task}")
 
 
 def draw_experts(rows: list[dict[str, Any]], title: str) -> Figure:

@@ -173,6 +173,20 @@ class LoggingConfig(Section):
     validation_steps: PositiveInt = Field(
         4, description="Length of one validation, in batches of the size of an optimizer step."
     )
+    evaluate_every_steps: NonNegativeInt = Field(
+        0,
+        description="Steps between evaluations on `evaluate_tasks`, the last step's included; 0 means never.",
+    )
+    evaluate_tasks: list[str] = Field(
+        [], description="Tasks, groups or tags of lm-evaluation-harness; they need data.tokenizer."
+    )
+    evaluate_task_folder: str | None = Field(None, description="Folder with task files of your own.")
+    evaluate_fewshot: NonNegativeInt | None = Field(
+        None, description="Solved examples in each prompt; null means each task's own number."
+    )
+    evaluate_limit: PositiveInt | None = Field(
+        None, description="Examples of each task that are used, the first ones; null means all."
+    )
     tensorboard: bool = Field(True, description="Whether to write TensorBoard files.")
     progress_bar: bool = Field(True, description="Whether to draw a progress bar.")
     peak_tflops_per_device: PositiveFloat | None = Field(
@@ -210,6 +224,20 @@ class RunConfig(Section):
             raise ValueError(
                 f"balancing.rule 'quantile' has no choice: every token goes to all {experts} experts: "
                 "set balancing.rule=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluations_have_tasks(self) -> Self:
+        needed = {
+            "logging.evaluate_tasks": self.logging.evaluate_tasks,
+            "data.tokenizer": self.data.tokenizer,
+        }
+        missing = [key for key, value in needed.items() if not value]
+        if self.logging.evaluate_every_steps and missing:
+            raise ValueError(
+                f"logging.evaluate_every_steps is {self.logging.evaluate_every_steps} and {missing[0]} names "
+                "nothing: name it, or set logging.evaluate_every_steps=0"
             )
         return self
 

@@ -42,16 +42,27 @@ class PipelineRunner:
 
         loss_gradient: of each loss sum, a scalar. Returns the sum of the losses where they are, else None.
         """
-        return self._run(actions, micro_batches, loss_gradient)
+        return self._sum(self._run(actions, micro_batches, loss_gradient))
 
     @torch.no_grad()
     def evaluate(self, actions: Sequence[Action], micro_batches: Sequence[Batch]) -> torch.Tensor | None:
         """Walk a forward-only schedule; the sum of the losses where they are, else None."""
+        return self._sum(self._run(actions, micro_batches, None))
+
+    @torch.no_grad()
+    def outputs(self, actions: Sequence[Action], micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """Walk a forward-only schedule; what the last chunk makes of each micro batch, none where it is not.
+
+        Of batches without labels that are logits.
+        """
         return self._run(actions, micro_batches, None)
+
+    def _sum(self, losses: list[torch.Tensor]) -> torch.Tensor | None:
+        return None if self.loss_chunk is None else torch.stack(losses).sum()
 
     def _run(
         self, actions: Sequence[Action], micro_batches: Sequence[Batch], loss_gradient: torch.Tensor | None
-    ) -> torch.Tensor | None:
+    ) -> list[torch.Tensor]:
         walk = _Walk(self, micro_batches, loss_gradient)
         steps: dict[type, Callable] = {
             Forward: walk.forward,
@@ -61,7 +72,7 @@ class PipelineRunner:
         for action in actions:
             steps[type(action)](action)
         self.peers.finish()
-        return None if self.loss_chunk is None else torch.stack(walk.losses).sum()
+        return walk.losses
 
 
 class _Walk:

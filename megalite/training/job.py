@@ -24,6 +24,7 @@ from megalite.tokenizer.load import load_tokenizer
 from megalite.training.checkpoints import Checkpoints
 from megalite.training.engine import TORCH_DTYPES, initialize_communication
 from megalite.training.environment import Environment
+from megalite.training.evaluation import LiveEvaluation
 from megalite.training.loop import Data, train
 from megalite.training.output import make_folder, write_configs
 from megalite.training.processes import run_job
@@ -59,6 +60,8 @@ def _pretrain(
     datasets = build_samples(run, deepspeed.train_batch_size, open_cache(run), progress=has_bar)
     data = _build_data(datasets, run, deepspeed, context)
     on_rank_0(context.rank, lambda: make_folder(run.output_dir))
+    every_steps = run.logging.evaluate_every_steps
+    evaluation = LiveEvaluation(run, environment.rank, report) if every_steps else None
     memory_at_start = gather(peak_memory_bytes(device))
     trainer = StageTrainer(run, deepspeed, context)
     checkpoints = Checkpoints(run, deepspeed, environment.rank, report, describe_data(datasets))
@@ -66,7 +69,7 @@ def _pretrain(
     if is_reporter:
         write_configs(run, deepspeed)
     metrics = _open_metrics(run, deepspeed, context, last_step, report)
-    train(trainer, data, run, deepspeed, checkpoints, metrics, last_step + 1)
+    train(trainer, data, run, deepspeed, checkpoints, metrics, last_step + 1, evaluation)
     if metrics:
         metrics.close()
         report(metrics.summary())

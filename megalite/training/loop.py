@@ -1,6 +1,7 @@
 """The training loop."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from megalite.model.balancing import ExpertLoad
 from megalite.training.checkpoints import Checkpoints
 from megalite.training.lr_schedule import learning_rate_at
 from megalite.training.trainer import LossSum, StageTrainer, require_finite
+
+Evaluate = Callable[[StageTrainer], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -30,11 +33,13 @@ def train(
     checkpoints: Checkpoints,
     metrics: Metrics | None,
     first_step: int,
+    evaluation: Evaluate | None = None,
 ) -> None:
     """Take the optimizer steps from `first_step` (1-based) to the last.
 
     Everything in a step depends on its number alone: the batch, the learning rate, and what is due.
     metrics: on the one rank that reports.
+    evaluation: further numbers about the model, by name.
     """
     num_steps, batch_samples = run.schedule.num_steps, deepspeed.train_batch_size
     for step in range(first_step, num_steps + 1):
@@ -48,6 +53,9 @@ def train(
         validation_loss = None
         if data.validation and is_due(step, run.logging.validate_every_steps, num_steps):
             validation_loss = evaluate(trainer, data.validation, run, batch_samples)
+        evaluated: dict[str, Any] = {}
+        if evaluation and is_due(step, run.logging.evaluate_every_steps, num_steps):
+            evaluated = evaluation(trainer)
         if metrics:
             metrics.record(
                 step=step,
@@ -56,6 +64,7 @@ def train(
                 learning_rate=learning_rate,
                 step_seconds=step_seconds,
                 validation_loss=validation_loss,
+                **evaluated,
                 **further_metrics(result.experts, is_due(step, run.logging.log_every_steps, num_steps)),
             )
         save_last = run.checkpoint.save_at_end and step == num_steps

@@ -79,7 +79,7 @@ class StageTrainer:
         self.context = context
         parallel, stages = run.parallel, context["pp"]
         num_micro_batches = deepspeed.num_micro_batches(context["dp"].size)
-        sequence_parallel = parallel.sequence_parallel and context["tp"].size > 1
+        self.sequence_parallel = sequence_parallel = parallel.sequence_parallel and context["tp"].size > 1
         plan = LayerPlan(context, sequence_parallel, lora=adapters_of(run))
         self.share = share_of_stage(run, context)
         self.engine = StageEngine(
@@ -95,7 +95,8 @@ class StageTrainer:
         peers = Peers(stages.group, shape, self.engine.dtype, context.device)
         self.runner = PipelineRunner(self.engine, peers, loss_chunk=0 if self.share.has_head else None)
         self.balancing = self._balancing(run)
-        self._batch_samples = deepspeed.train_batch_size
+        self.batch_samples = deepspeed.train_batch_size
+        self.vocab_size, self.hidden_size = run.model.vocab_size, run.model.hidden_size
         place = (stages.rank, stages.size, num_micro_batches)
         self._training = build_schedule(parallel.pipeline_schedule, *place)
         self._evaluation = forward_only(*place)
@@ -116,10 +117,10 @@ class StageTrainer:
         if self.balancing:
             # As of the losses below: a mean over samples, times what DeepSpeed divides by.
             data_size = self.context[DATA_AXES].size
-            self.balancing.begin_step(data_size * self.engine.loss_scale / self._batch_samples)
+            self.balancing.begin_step(data_size * self.engine.loss_scale / self.batch_samples)
         losses = self.runner.train(self._training, batches, self._loss_gradient(batches))
         grad_norm = self.engine.step(learning_rate)
-        load = self.balancing.finish_step(self._batch_samples) if self.balancing else None
+        load = self.balancing.finish_step(self.batch_samples) if self.balancing else None
         return StepResult(self._summed(losses, batches).mean, grad_norm, load)
 
     def evaluate(self, micro_batches: Sequence[Batch]) -> LossSum:

@@ -131,3 +131,18 @@ def test_a_run_is_frozen():
         RunConfig().seed = 1
     with pytest.raises(ValidationError):
         RunConfig().model.hidden_size = 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["data.tokenizer=bytes"], "logging.evaluate_tasks"),
+        (["logging.evaluate_tasks=[wikitext]"], "data.tokenizer"),
+    ],
+)
+def test_an_evaluation_needs_tasks_and_a_tokenizer(overrides, key):
+    every = "logging.evaluate_every_steps=5"
+    with pytest.raises(ConfigError, match=f"evaluate_every_steps is 5 and {key} names nothing: name it"):
+        load_run(None, [every, *overrides])
+    both = ["logging.evaluate_tasks=[wikitext]", "data.tokenizer=bytes"]
+    assert load_run(None, [every, *both]).logging.evaluate_tasks == ["wikitext"]

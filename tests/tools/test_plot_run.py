@@ -180,3 +180,14 @@ def test_rows_that_tell_of_other_experts_are_one_line(tmp_path, capsys, tokens, 
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and message in error
     assert not (tmp_path / "metrics.png").exists()
+
+
+def test_each_task_of_an_evaluation_has_a_panel_with_its_metrics(tmp_path):
+    rows = write_run(tmp_path, 20)
+    for row in rows[9::10]:
+        row |= {"evaluation/a/acc": row["step"] / 100, "evaluation/a/acc_norm": 0.5, "evaluation/b/acc": 1.0}
+    write_rows(tmp_path, rows)
+    panels = {axes.get_title(loc="left"): axes for axes in draw(read_rows(tmp_path), "run").axes}
+    curves = {line.get_label(): line.get_xydata().tolist() for line in panels["Evaluation: a"].lines}
+    assert curves == {"acc": [[10, 0.1], [20, 0.2]], "acc_norm": [[10, 0.5], [20, 0.5]]}
+    assert [line.get_label() for line in panels["Evaluation: b"].lines] == ["acc"]
