@@ -14,7 +14,6 @@ EVAL = ["lm_eval~=0.4.13", "accelerate>=0.26"]
 DEV = [
     "hypothesis>=6.100",
     # referee of the data tests, where there is a wheel
-    "peft>=0.17",
     "megatron-core~=0.16.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "mypy>=1.10",
     "peft>=0.17",  # referee of adapters

@@ -70,6 +70,12 @@ def test_the_quantile_rule_needs_a_choice():
         load_run(None, [*EXPERTS, *everything])
 
 
+def test_an_adapter_to_begin_with_needs_a_rank():
+    with pytest.raises(ConfigError, match="start_from mine and rank 0: set rank to that of the adapter"):
+        load_run(None, ["lora.start_from=mine"])
+    assert load_run(None, ["lora.start_from=mine", "lora.rank=4"]).lora.start_from == "mine"
+
+
 def test_null_heads_and_width_follow_the_query_heads():
     config = ModelConfig(hidden_size=96, num_attention_heads=6, num_key_value_heads=None, head_dim=None)
     assert (config.num_key_value_heads, config.head_dim) == (6, 16)
