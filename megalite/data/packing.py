@@ -40,8 +40,8 @@ class Bins(NamedTuple):
 class SampleOrder(NamedTuple):
     """How samples are drawn from sources.
 
-    seq_length: tokens that fit a sample. packing: whether items share samples. shuffle: whether each epoch has
-    an order of its own, by the seed, or all have that of the sources.
+    seq_length: tokens that fit a sample. packing: whether items share samples. shuffle: whether each epoch
+    has an order of its own, by the seed, or all have that of the sources.
     """
 
     seq_length: int
