@@ -51,8 +51,10 @@ def trained_by_trl(tokenizer, trainer, config, rows, folder, **options):
     template = open_template(tokenizer, "chatml").source
     names = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "chat_template": template}
     size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model, other = (LlamaForCausalLM(LlamaConfig(vocab_size=tokenizer.vocab_size, **size)) for _ in range(2))
     made = trainer(
-        model=LlamaForCausalLM(LlamaConfig(vocab_size=tokenizer.vocab_size, **size)),
+        model=model,
+        **({"ref_model": other} if trainer is trl.DPOTrainer else {}),
         args=config(str(folder), report_to=[], use_cpu=True, max_length=None, bf16=False, **options),
         train_dataset=Dataset.from_list(rows),
         processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer.to_backend(), **names),
