@@ -210,6 +210,8 @@ def test_prepared_data_is_found_again_and_only_where_nothing_changed(tmp_path, m
     moved.write_bytes((tmp_path / "a.jsonl").read_bytes())
     again = opened(open_conversations, str(moved), tmp_path)
     assert not encoded and again.sources[0].sha256 == first.sources[0].sha256
+    opened(open_conversations, str(moved), tmp_path, cache_dir=None)  # means `cache` beside the first source
+    assert not encoded
     other = ChatTemplate(TOKENIZER, TEMPLATE.source + " ", "other")
     for number, change in enumerate([{"template": other}, {"seq_length": 65}, {}], 1):
         if not change:
