@@ -16,6 +16,7 @@ from megalite.data.error import DataError
 from megalite.data.packing import SampleOrder
 from megalite.data.prepared import PreparedSource, open_prepared
 from megalite.data.rows import open_rows
+from megalite.data.tables import HUB
 
 Report = Callable[[str], None]
 
@@ -59,12 +60,13 @@ def open_conversations(
     template: Template | None,
     *,
     seq_length: int,
-    cache_dir: str | Path,
+    cache_dir: str | Path | None = None,
     report: Report | None = None,
     progress: bool = False,
 ) -> ChatData:
     """Conversations of files, folders or hf:NAME, or weight and source in turn; prepared once, then found.
 
+    cache_dir: None for `cache` beside the first source, or in the current folder where that is on the Hub.
     template: may be None where no source has messages. report: is told of each source what was left out.
 
     Raises DataError for a source that cannot be read, or of which nothing can be used.
@@ -79,7 +81,7 @@ def open_pairs(
     template: Template | None,
     *,
     seq_length: int,
-    cache_dir: str | Path,
+    cache_dir: str | Path | None = None,
     report: Report | None = None,
     progress: bool = False,
 ) -> ChatData:
@@ -93,11 +95,12 @@ def _open(
     kind: str,
     sources: Sequence[str],
     encoder: RecordEncoder,
-    cache_dir: str | Path,
+    cache_dir: str | Path | None,
     report: Report | None,
     progress: bool,
 ) -> ChatData:
     names, weights = parse_blend(sources)
+    folder = _cache_beside(names[0]) if cache_dir is None else Path(cache_dir)
     made_from = {
         "kind": kind,
         "tokenizer": encoder.tokenizer.fingerprint(),
@@ -111,10 +114,14 @@ def _open(
             encoder.conversation if kind == "conversations" else encoder.pair,
             made_from=made_from,
             vocab_size=encoder.tokenizer.vocab_size,
-            cache_dir=cache_dir,
+            cache_dir=folder,
             progress=progress,
         )
         opened.append(source)
         if report:
             report(source.summary())
     return ChatData(tuple(opened), tuple(weights) if weights else None, 1 if kind == "conversations" else 2)
+
+
+def _cache_beside(name: str) -> Path:
+    return Path("cache") if name.startswith(HUB) else Path(name).parent / "cache"
