@@ -1,0 +1,120 @@
+"""From a pre-trained checkpoint to a tuned one, as a user goes: conversations, then pairs on an adapter."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.launchers.conftest import ZERO3
+from tests.launchers.jobs import ROOT, Ended, Job, deepspeed, read_rows
+
+TEMPLATE = "data.chat_template=plain"
+SHORT = ["data.seq_length=64", "schedule.warmup_steps=1", "logging.tensorboard=false"]
+
+
+def tune(launcher: str, folder: Path, num_ranks: int, *overrides: str) -> Ended:
+    command = deepspeed(num_ranks, "--deepspeed_config", ZERO3, *SHORT, *overrides)
+    command[command.index(str(ROOT / "launchers" / "pretrain.py"))] = str(ROOT / "launchers" / launcher)
+    with Job(command, folder) as job:
+        return job.wait(240)
+
+
+def question(a: int, b: int) -> dict[str, str]:
+    return {"role": "user", "content": f"What is {a} plus {b}?"}
+
+
+def answer(number: int) -> dict[str, str]:
+    return {"role": "assistant", "content": f"{number}."}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, prefix: str) -> Path:
+    """A folder with a pre-trained run, conversations and pairs."""
+    folder = tmp_path_factory.mktemp("tuning")
+    sums = [(a, b) for a in range(10) for b in range(5)]
+    chats = [{"messages": [question(a, b), answer(a + b)]} for a, b in sums]
+    pairs = [
+        {"prompt": [question(a, b)], "chosen": [answer(a + b)], "rejected": [answer(9)]} for a, b in sums
+    ]
+    pairs = [pair for pair in pairs if pair["chosen"] != pair["rejected"]]
+    for name, rows in {"chats": chats, "pairs": pairs}.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    end = tune(
+        "pretrain.py",
+        folder,
+        2,
+        "model.num_hidden_layers=2",
+        "model.hidden_size=32",
+        "parallel.pp_size=2",
+        "data.tokenizer=bytes",
+        f"data.train={prefix}",
+        "schedule.num_steps=2",
+        f"output_dir={folder}/first",
+    )
+    assert (end.returncode, end.errors) == (0, [])
+    return folder
+
+
+def test_conversations_then_pairs(place: Path):
+    chats = f"{place}/chats.jsonl"
+    end = tune(
+        "finetune.py",
+        place,
+        2,
+        TEMPLATE,
+        "parallel.tp_size=2",
+        f"checkpoint.start_from={place}/first",
+        f"data.train={chats}",
+        f"data.validation={chats}",
+        "logging.validate_every_steps=4",
+        "logging.validation_steps=1",
+        "schedule.num_steps=4",
+        f"output_dir={place}/tuned",
+    )
+    assert (end.returncode, end.errors) == (0, [])
+    assert "50 sequences" in end.stdout and "starts from the weights of" in end.stdout
+    rows = read_rows(place / "tuned")
+    assert rows[-1]["loss"] < rows[0]["loss"] and rows[-1]["validation_loss"] < rows[0]["loss"]
+
+    options = [
+        TEMPLATE,
+        "parallel.pp_size=2",
+        f"checkpoint.start_from={place}/tuned",
+        f"data.train={place}/pairs.jsonl",
+        "lora.rank=4",
+        "optimizer.learning_rate=0.01",
+        f"output_dir={place}/preferred",
+    ]
+    end = tune("prefer.py", place, 2, *options, "schedule.num_steps=4")
+    assert (end.returncode, end.errors) == (0, [])
+    rows = read_rows(place / "preferred")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), rel=1e-5)  # the reference is the start itself
+    assert rows[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert rows[-1]["rewards/margins"] > 0.01 and rows[-1]["loss"] < rows[0]["loss"]
+    assert len(list((place / "preferred").glob("cache/references-*.npy"))) <= 1
+
+    end = tune("prefer.py", place, 2, *options, "schedule.num_steps=6")
+    assert (end.returncode, end.errors) == (0, [])
+    assert "resumed from" in end.stdout and "log-probabilities of" not in end.stdout
+    assert [row["step"] for row in read_rows(place / "preferred")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "overrides", "message"),
+    [
+        ("finetune.py", ["data.train=chats.jsonl"], "checkpoint.start_from is null"),
+        ("prefer.py", ["task=finetune", "checkpoint.start_from=first"], "start launchers/finetune.py"),
+        ("finetune.py", ["checkpoint.start_from=first"], "data.train is null, and finetune needs"),
+        (
+            "prefer.py",
+            ["checkpoint.start_from=first", "data.train=chats.jsonl", TEMPLATE],
+            "nothing to learn from",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(place: Path, launcher: str, overrides: list[str], message: str):
+    end = tune(launcher, place, 1, *overrides, f"output_dir={place}/none")
+    assert end.returncode != 0
+    assert len(end.errors) == 1 and message in end.errors[0]
