@@ -17,7 +17,7 @@ def tune(launcher: str, folder: Path, num_ranks: int, *overrides: str) -> Ended:
     command = deepspeed(num_ranks, "--deepspeed_config", ZERO3, *SHORT, *overrides)
     command[command.index(str(ROOT / "launchers" / "pretrain.py"))] = str(ROOT / "launchers" / launcher)
     with Job(command, folder) as job:
-        return job.wait(240)
+        return job.wait(280)
 
 
 def question(a: int, b: int) -> dict[str, str]:
@@ -57,6 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, prefix: str) -> Path:
     return folder
 
 
+@pytest.mark.timeout(900)  # three runs, one after another
 def test_conversations_then_pairs(place: Path):
     chats = f"{place}/chats.jsonl"
     end = tune(
