@@ -9,13 +9,13 @@ Tensors are whole, whatever the layout. Those of equal layers are one stack of a
 experts one of all experts (megatron-core, dist_checkpointing).
 """
 
-import io
 import json
 import pickle
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from itertools import combinations, starmap
 from math import prod
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -35,7 +35,7 @@ from megalite.checkpoint.format import CheckpointError, Shape
 from megalite.checkpoint.megatron import Tensor
 from megalite.checkpoint.megatron_classic import args_of
 from megalite.checkpoint.megatron_layout import ExpertCut, Stage, has_equal_layers
-from megalite.checkpoint.pickles import DAMAGE, damaged, load_metadata, load_torch_file
+from megalite.checkpoint.pickles import load_metadata, load_torch_bytes, load_torch_file
 from megalite.config.model import ModelConfig
 from megalite.files import sync, sync_folder
 
@@ -102,23 +102,40 @@ class DistributedFolder:
 
     def _read_entry(self, found: _Found) -> torch.Tensor:
         """Copied out of the chunks that have a part of it."""
-        metadata, entry = self._tensors[found.key], found.entry
-        depth, shape = len(entry), tuple(metadata.size[len(entry) :])
-        full, num_filled = torch.empty(0), 0
-        for chunk in metadata.chunks:
-            start, size = chunk.offsets, chunk.sizes
-            if not all(a <= i < a + n for i, a, n in zip(entry, start, size, strict=False)):
-                continue
-            data = self._chunk(found.key, tuple(start), tuple(size))
-            if not num_filled:
-                full = torch.empty(shape, dtype=data.dtype)
-            data = data[tuple(i - a for i, a in zip(entry, start, strict=False))]
+        entry, depth = found.entry, len(found.entry)
+        full = torch.empty(0)
+        for i, chunk in enumerate(self._chunks(found)):
+            start, size = tuple(chunk.offsets), tuple(chunk.sizes)
+            data = self._chunk(found.key, start, size)
+            if i == 0:
+                full = torch.empty(self._tensors[found.key].size[depth:], dtype=data.dtype)
             box = zip(start[depth:], size[depth:], strict=True)
-            full[tuple(slice(a, a + n) for a, n in box)] = data
-            num_filled += data.numel()
-        if num_filled != prod(shape):
-            raise CheckpointError(f"{self.path}: {found.key} has {num_filled} of {prod(shape)} numbers")
+            inner = tuple(i - a for i, a in zip(entry, start, strict=False))
+            full[tuple(slice(a, a + n) for a, n in box)] = data[inner]
         return full
+
+    def _chunks(self, found: _Found) -> list[ChunkStorageMetadata]:
+        """Those that have a part of it. Raises CheckpointError unless they have each number once."""
+        whole, depth = self._tensors[found.key].size, len(found.entry)
+        chunks = [
+            chunk
+            for chunk in self._tensors[found.key].chunks
+            if all(a <= i < a + n for i, a, n in zip(found.entry, chunk.offsets, chunk.sizes, strict=False))
+        ]
+        boxes = [[*zip(c.offsets[depth:], c.sizes[depth:], strict=True)] for c in chunks]
+        for box in boxes:
+            if any(a < 0 or a + n > size for (a, n), size in zip(box, whole[depth:], strict=True)):
+                raise CheckpointError(
+                    f"{self.path}: {found.key} has a chunk outside its shape {list(whole)}: get it again"
+                )
+        if any(starmap(_overlap, combinations(boxes, 2))):
+            raise CheckpointError(f"{self.path}: {found.key} has chunks that overlap: get it again")
+        num_numbers, num_filled = prod(whole[depth:]), sum(prod(n for _, n in box) for box in boxes)
+        if num_filled != num_numbers:
+            raise CheckpointError(
+                f"{self.path}: {found.key} has {num_filled} of {num_numbers} numbers: get it again"
+            )
+        return chunks
 
     def _read_chunk(self, key: str, start: Shape, size: Shape) -> torch.Tensor:
         place = self._places.get(MetadataIndex(key, torch.Size(start)))
@@ -128,16 +145,18 @@ class DistributedFolder:
         try:
             with file.open("rb") as opened:
                 opened.seek(place.offset)
-                data = torch.load(
-                    io.BytesIO(opened.read(place.length)), map_location="cpu", weights_only=True
-                )
+                written = opened.read(place.length)
         except FileNotFoundError:
             raise CheckpointError(f"{file} is missing, and {METADATA} names it: get it again") from None
-        except DAMAGE as error:
-            raise damaged(file, error) from None
+        data = load_torch_bytes(written, file)
         if not isinstance(data, torch.Tensor) or tuple(data.shape) != size:
             raise CheckpointError(f"{file} does not hold {key} in the shape {list(size)} of {METADATA}")
         return data
+
+
+def _overlap(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> bool:
+    """Whether two boxes, of start and size along each dimension, have a number in common."""
+    return all(max(a, b) < min(a + n, b + m) for (a, n), (b, m) in zip(one, other, strict=True))
 
 
 # Out

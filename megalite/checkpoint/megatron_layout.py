@@ -130,7 +130,8 @@ def check_divides(model: ModelConfig, tp_size: int) -> None:
 
 def _cut_sizes(model: ModelConfig) -> Iterator[tuple[str, int]]:
     yield "num_attention_heads", model.num_attention_heads
-    yield "intermediate_size", model.intermediate_size
+    if not model.has_experts(0):  # the first layers are the dense ones
+        yield "intermediate_size", model.intermediate_size
     if model.n_routed_experts:
         yield "moe_intermediate_size", model.moe_intermediate_size or 0
 

@@ -5,9 +5,12 @@ harmless (an enum or a config in the arguments, a state of a random generator), 
 """
 
 import argparse
+import io
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -55,12 +58,25 @@ def load_torch_file(file: Path) -> Any:
 
     Raises CheckpointError when it is damaged, or names anything that could be code.
     """
+    with _harmless(file, file):
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+
+
+def load_torch_bytes(data: bytes, file: Path) -> Any:
+    """What torch.save wrote, all of it these bytes of a file. Raises CheckpointError likewise."""
+    with _harmless(io.BytesIO(data), file):
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def _harmless(source: Path | IO[bytes], file: Path) -> Iterator[None]:
+    """Let torch.load pass over what is harmless in it; errors are told of `file`."""
     try:
-        names = get_unsafe_globals_in_checkpoint(file)
+        names = get_unsafe_globals_in_checkpoint(source)
         _refuse_code(file, [name for name in names if name != "argparse.Namespace"])
         stand_ins = [(Inert, name) for name in names if name != "argparse.Namespace"]
         with safe_globals([argparse.Namespace, *stand_ins]):
-            return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+            yield
     except CheckpointError:
         raise
     except DAMAGE as error:

@@ -6,7 +6,8 @@ import pytest
 
 from megalite.checkpoint.format import CheckpointError
 from megalite.checkpoint.megatron_args import layout_args
-from megalite.checkpoint.megatron_layout import stage_sizes, stages_of
+from megalite.checkpoint.megatron_layout import check_divides, stage_sizes, stages_of
+from megalite.config.model import ModelConfig
 
 transformer_block = pytest.importorskip("megatron.core.transformer.transformer_block")
 transformer_layer = pytest.importorskip("megatron.core.transformer.transformer_layer")
@@ -92,3 +93,30 @@ def least_largest(num_layers: int, pp_size: int) -> int:
 def test_stages_that_megatron_does_not_have_are_refused(sizes, message):
     with pytest.raises(CheckpointError, match=message):
         stage_sizes(*sizes)
+
+
+EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20}
+
+
+@pytest.mark.parametrize(
+    ("fields", "tp_size", "message"),
+    [
+        ({"intermediate_size": 49}, 2, "2 does not divide intermediate_size 49"),
+        (EXPERTS | {"intermediate_size": 49, "first_k_dense_replace": 1}, 2, "intermediate_size 49"),
+        (EXPERTS | {"intermediate_size": 49}, 2, None),  # no layer is of that width
+        (EXPERTS | {"moe_intermediate_size": 21}, 2, "2 does not divide moe_intermediate_size 21"),
+        (
+            {"num_attention_heads": 12, "num_key_value_heads": 4, "intermediate_size": 48},
+            6,
+            "6 neither divides num_key_value_heads 4",
+        ),
+        ({"num_attention_heads": 8, "num_key_value_heads": 2}, 8, None),  # with copies of key heads
+    ],
+)
+def test_widths_that_some_layer_has_must_divide(fields, tp_size, message):
+    model = ModelConfig(**{"head_dim": 8} | fields)
+    if message is None:
+        check_divides(model, tp_size)
+        return
+    with pytest.raises(CheckpointError, match=message):
+        check_divides(model, tp_size)

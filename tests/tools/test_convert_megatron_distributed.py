@@ -1,14 +1,18 @@
 """Exports in Megatron's distributed form: megatron-core loads all of them, in any layout."""
 
+import io
 import json
 import pickle
+import shutil
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex
 
 from megalite.checkpoint import megatron_conversion, megatron_distributed
 from megalite.checkpoint.load import read_config
@@ -213,3 +217,87 @@ def test_nothing_is_left_where_writing_fails(tmp_path, monkeypatch, capfd):
     assert export_to(tmp_path, *DISTRIBUTED) == 2
     assert "No space left on device" in capfd.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["megatron", "run"]
+
+
+# Chunks that are not what they should be: what reads them believes nothing that the index says
+
+
+@pytest.fixture(scope="module")
+def readable(tmp_path_factory) -> Path:
+    return exported(tmp_path_factory.mktemp("readable"), "plain")
+
+
+WORDS = "embedding.word_embeddings.weight"
+
+
+class Trap:
+    def __reduce__(self):
+        return (Path.touch, (Path("sprung"),))
+
+
+def chunks_at(*starts: int, rows: int) -> Callable[[Path, Metadata], None]:
+    """The embedding's chunks, all of them copies of its first rows."""
+
+    def edit(folder: Path, index: Metadata) -> None:
+        written = torch.load(io.BytesIO(chunk_of(folder, index)))[:rows].clone()
+        torch.save(written, folder / "chunk")
+        chunks = index.state_dict_metadata[WORDS].chunks
+        chunks.clear()
+        for start in starts:
+            chunks.append(ChunkStorageMetadata(torch.Size((start, 0)), written.shape))
+            place = _StorageInfo("chunk", 0, (folder / "chunk").stat().st_size)
+            index.storage_data[MetadataIndex(WORDS, torch.Size((start, 0)))] = place
+
+    return edit
+
+
+def chunk_of(folder: Path, index: Metadata) -> bytes:
+    place = index.storage_data[MetadataIndex(WORDS, torch.Size((0, 0)))]
+    return (folder / place.relative_path).read_bytes()[place.offset :][: place.length]
+
+
+def trap(folder: Path, index: Metadata) -> None:
+    chunks_at(0, rows=128)(folder, index)
+    torch.save(Trap(), folder / "chunk")
+    index.storage_data[MetadataIndex(WORDS, torch.Size((0, 0)))].length = (folder / "chunk").stat().st_size
+
+
+def cut_short(folder: Path, index: Metadata) -> None:
+    index.storage_data[MetadataIndex(WORDS, torch.Size((0, 0)))].length -= 100
+
+
+def of_other_shape(folder: Path, index: Metadata) -> None:
+    chunks_at(0, rows=128)(folder, index)
+    torch.save(torch.ones(128, 31), folder / "chunk")
+
+
+WRONG_CHUNKS = [
+    (chunks_at(0, 64, rows=64), None),
+    (chunks_at(64, 0, rows=64), None),
+    (chunks_at(0, 32, rows=64), f"{WORDS} has chunks that overlap: get it again"),
+    (chunks_at(0, 65, rows=64), f"{WORDS} has a chunk outside its shape [128, 32]: get it again"),
+    (chunks_at(-64, 0, rows=64), f"{WORDS} has a chunk outside its shape"),
+    (chunks_at(64, rows=64), f"{WORDS} has 2048 of 4096 numbers: get it again"),
+    (chunks_at(rows=64), f"{WORDS} has 0 of 4096 numbers: get it again"),
+    (cut_short, "__0_0.distcp cannot be read: "),
+    (of_other_shape, f"does not hold {WORDS} in the shape [128, 32] of .metadata"),
+    (trap, "chunk would run "),
+]
+
+
+@pytest.mark.parametrize(("edit", "message"), WRONG_CHUNKS)
+def test_chunks_that_do_not_make_up_a_tensor_are_refused(
+    readable, tmp_path, capsys, monkeypatch, edit, message
+):
+    """In one line, with nothing written and nothing run."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(readable, tmp_path / "megatron")
+    folder, index = tmp_path / "megatron" / "iter_0000000", index_of(tmp_path / "megatron")
+    edit(folder, index)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    assert import_to(tmp_path) == (0 if message is None else 2)
+    if message is None:
+        return
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
