@@ -35,7 +35,8 @@ checkpoint is printed, to be told to it. It loads what it finds and says little 
 --transformer-impl must be the one that it will run with.
 
 Neither needs a GPU or Megatron. Memory: from the classic form one tensor, as its files are mapped; from the
-distributed form the model once; to the classic form one rank's file, to the distributed form one tensor.
+distributed form the model once; to the classic form one rank's file, to the distributed form a few copies of
+the largest tensor.
 
 examples:
   python tools/convert_megatron.py --from-megatron downloads/llama --output runs/llama/checkpoints

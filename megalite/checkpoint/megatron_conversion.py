@@ -168,7 +168,8 @@ class Target(NamedTuple):
 def export_megatron(weights: Weights, output: Path, target: Target) -> dict[str, Any]:
     """Write a checkpoint of Megatron; its arguments, which are in it too.
 
-    Memory: in files per rank, the largest of them; in the distributed form, the largest tensor.
+    Memory: in files per rank, the largest of them; in the distributed form, a few copies of the largest
+    tensor.
 
     Raises CheckpointError when `output` exists and is not an empty folder, when the sizes do not divide, or
     when Megatron does not compute such a model. Then `output` is not touched.

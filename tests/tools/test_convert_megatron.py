@@ -433,6 +433,19 @@ def test_code_is_named_and_not_run(copied, tmp_path, capsys):
     assert not (tmp_path / "sprung").exists()
 
 
+class OfNumpy(Trap):
+    """Whose name is passed over, as those of random generators are, and not run."""
+
+    def __reduce__(self):
+        return (np.savetxt, (self.path, [1]))
+
+
+def test_what_is_passed_over_is_not_run(copied, two_by_two, tmp_path):
+    change(copied, "mp_rank_00_000", lambda state: state.update(a=OfNumpy(tmp_path / "sprung")))
+    assert gives_the_same_logits(tmp_path, two_by_two[1])
+    assert not (tmp_path / "sprung").exists()
+
+
 def test_enums_and_states_of_random_generators_are_passed_over(copied, two_by_two, tmp_path):
     from megatron.core.transformer.enums import AttnBackend
 

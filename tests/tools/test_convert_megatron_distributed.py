@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -231,8 +232,15 @@ WORDS = "embedding.word_embeddings.weight"
 
 
 class Trap:
+    def __init__(self, *call: Any) -> None:
+        self.call = call
+
     def __reduce__(self):
-        return (Path.touch, (Path("sprung"),))
+        return self.call
+
+
+TOUCH = Trap(Path.touch, (Path("sprung"),))
+OF_NUMPY = Trap(np.savetxt, ("sprung", [1]))  # whose names are passed over, and not run
 
 
 def chunks_at(*starts: int, rows: int) -> Callable[[Path, Metadata], None]:
@@ -256,22 +264,21 @@ def chunk_of(folder: Path, index: Metadata) -> bytes:
     return (folder / place.relative_path).read_bytes()[place.offset :][: place.length]
 
 
-def trap(folder: Path, index: Metadata) -> None:
-    chunks_at(0, rows=128)(folder, index)
-    torch.save(Trap(), folder / "chunk")
-    index.storage_data[MetadataIndex(WORDS, torch.Size((0, 0)))].length = (folder / "chunk").stat().st_size
+def holding(what: object) -> Callable[[Path, Metadata], None]:
+    def edit(folder: Path, index: Metadata) -> None:
+        chunks_at(0, rows=128)(folder, index)
+        torch.save(what, folder / "chunk")
+        place = index.storage_data[MetadataIndex(WORDS, torch.Size((0, 0)))]
+        place.length = (folder / "chunk").stat().st_size
+
+    return edit
 
 
 def cut_short(folder: Path, index: Metadata) -> None:
     index.storage_data[MetadataIndex(WORDS, torch.Size((0, 0)))].length -= 100
 
 
-def of_other_shape(folder: Path, index: Metadata) -> None:
-    chunks_at(0, rows=128)(folder, index)
-    torch.save(torch.ones(128, 31), folder / "chunk")
-
-
-WRONG_CHUNKS = [
+CHUNKS = [
     (chunks_at(0, 64, rows=64), None),
     (chunks_at(64, 0, rows=64), None),
     (chunks_at(0, 32, rows=64), f"{WORDS} has chunks that overlap: get it again"),
@@ -280,12 +287,13 @@ WRONG_CHUNKS = [
     (chunks_at(64, rows=64), f"{WORDS} has 2048 of 4096 numbers: get it again"),
     (chunks_at(rows=64), f"{WORDS} has 0 of 4096 numbers: get it again"),
     (cut_short, "__0_0.distcp cannot be read: "),
-    (of_other_shape, f"does not hold {WORDS} in the shape [128, 32] of .metadata"),
-    (trap, "chunk would run "),
+    (holding(torch.ones(128, 31)), f"does not hold {WORDS} in the shape [128, 32] of .metadata"),
+    (holding(TOUCH), "chunk would run "),
+    (holding(OF_NUMPY), f"does not hold {WORDS} in the shape [128, 32] of .metadata"),
 ]
 
 
-@pytest.mark.parametrize(("edit", "message"), WRONG_CHUNKS)
+@pytest.mark.parametrize(("edit", "message"), CHUNKS)
 def test_chunks_that_do_not_make_up_a_tensor_are_refused(
     readable, tmp_path, capsys, monkeypatch, edit, message
 ):
@@ -296,8 +304,18 @@ def test_chunks_that_do_not_make_up_a_tensor_are_refused(
     edit(folder, index)
     (folder / ".metadata").write_bytes(pickle.dumps(index))
     assert import_to(tmp_path) == (0 if message is None else 2)
-    if message is None:
+    if message is None:  # a control
         return
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
+
+
+def test_an_index_that_holds_code_runs_none(readable, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(readable, tmp_path / "megatron")
+    for trap, message in ((TOUCH, ".metadata would run "), (OF_NUMPY, ".metadata is no index of a dist")):
+        (tmp_path / "megatron" / "iter_0000000" / ".metadata").write_bytes(pickle.dumps(trap))
+        assert import_to(tmp_path) == 2
+        assert message in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
