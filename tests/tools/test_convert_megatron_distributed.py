@@ -229,6 +229,7 @@ def readable(tmp_path_factory) -> Path:
 
 
 WORDS = "embedding.word_embeddings.weight"
+AT_START = MetadataIndex(WORDS, torch.Size((0, 0)))
 
 
 class Trap:
@@ -247,7 +248,7 @@ def chunks_at(*starts: int, rows: int) -> Callable[[Path, Metadata], None]:
     """The embedding's chunks, all of them copies of its first rows."""
 
     def edit(folder: Path, index: Metadata) -> None:
-        written = torch.load(io.BytesIO(chunk_of(folder, index)))[:rows].clone()
+        written = torch.load(io.BytesIO(bytes_at(folder, index.storage_data[AT_START])))[:rows].clone()
         torch.save(written, folder / "chunk")
         chunks = index.state_dict_metadata[WORDS].chunks
         chunks.clear()
@@ -259,8 +260,7 @@ def chunks_at(*starts: int, rows: int) -> Callable[[Path, Metadata], None]:
     return edit
 
 
-def chunk_of(folder: Path, index: Metadata) -> bytes:
-    place = index.storage_data[MetadataIndex(WORDS, torch.Size((0, 0)))]
+def bytes_at(folder: Path, place: _StorageInfo) -> bytes:
     return (folder / place.relative_path).read_bytes()[place.offset :][: place.length]
 
 
@@ -268,14 +268,14 @@ def holding(what: object) -> Callable[[Path, Metadata], None]:
     def edit(folder: Path, index: Metadata) -> None:
         chunks_at(0, rows=128)(folder, index)
         torch.save(what, folder / "chunk")
-        place = index.storage_data[MetadataIndex(WORDS, torch.Size((0, 0)))]
+        place = index.storage_data[AT_START]
         place.length = (folder / "chunk").stat().st_size
 
     return edit
 
 
 def cut_short(folder: Path, index: Metadata) -> None:
-    index.storage_data[MetadataIndex(WORDS, torch.Size((0, 0)))].length -= 100
+    index.storage_data[AT_START].length -= 100
 
 
 CHUNKS = [
@@ -309,6 +309,28 @@ def test_chunks_that_do_not_make_up_a_tensor_are_refused(
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
     assert [path.name for path in tmp_path.iterdir()] == ["megatron"]
+
+
+def test_a_chunk_may_have_several_layers(readable, tmp_path):
+    """Ours has one of each; here all of a stack are one."""
+    for name in ("one", "other"):
+        shutil.copytree(readable, tmp_path / name / "megatron")
+    folder, index = tmp_path / "one" / "megatron" / "iter_0000000", index_of(tmp_path / "one" / "megatron")
+    stacks = [
+        key for key, entry in index.state_dict_metadata.items() if len(getattr(entry, "chunks", "")) > 1
+    ]
+    assert len(stacks) == 6
+    for key in stacks:
+        entry = index.state_dict_metadata[key]
+        places = [index.storage_data.pop(MetadataIndex(key, chunk.offsets)) for chunk in entry.chunks]
+        layers = [torch.load(io.BytesIO(bytes_at(folder, place))) for place in places]
+        torch.save(torch.cat(layers), folder / key)
+        start = torch.Size([0] * len(entry.size))
+        entry.chunks[:] = [ChunkStorageMetadata(start, entry.size)]
+        index.storage_data[MetadataIndex(key, start)] = _StorageInfo(key, 0, (folder / key).stat().st_size)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    assert import_to(tmp_path / "one") == 0 and import_to(tmp_path / "other") == 0
+    assert_same_checkpoint(tmp_path / "one", tmp_path / "other")
 
 
 def test_an_index_that_holds_code_runs_none(readable, tmp_path, capsys, monkeypatch):
