@@ -1,6 +1,6 @@
 """Sources of conversations, or of pairs, to the samples of a run: the one entrance.
 
-conversations = open_conversations(["chat.jsonl"], tokenizer, template, seq_length=2048, cache_dir=...)
+conversations = open_chat("conversations", ["chat.jsonl"], tokenizer, template, seq_length=2048)
 samples = conversations.samples(order, count=1000)
 loader = ChatLoader(samples, global_batch_samples=..., ...)
 """
@@ -8,6 +8,7 @@ loader = ChatLoader(samples, global_batch_samples=..., ...)
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from megalite.data.blend import parse_blend
 from megalite.data.chat_samples import ChatSamples
@@ -18,6 +19,7 @@ from megalite.data.prepared import PreparedSource, open_prepared
 from megalite.data.rows import open_rows
 from megalite.data.tables import HUB
 
+Kind = Literal["conversations", "pairs"]
 Report = Callable[[str], None]
 
 
@@ -54,7 +56,8 @@ class ChatData:
         return ChatSamples(self.sources, None, order, count, sequences_per_item=self.sequences_per_item)
 
 
-def open_conversations(
+def open_chat(
+    kind: Kind,
     sources: Sequence[str],
     tokenizer: Encoder,
     template: Template | None,
@@ -64,48 +67,22 @@ def open_conversations(
     report: Report | None = None,
     progress: bool = False,
 ) -> ChatData:
-    """Conversations of files, folders or hf:NAME, or weight and source in turn; prepared once, then found.
+    """Sources of conversations, or of pairs of a chosen and a rejected answer; prepared once, then found.
 
+    sources: files, folders or hf:NAME, or weight and source in turn.
     cache_dir: None for `cache` beside the first source, or in the current folder where that is on the Hub.
     template: may be None where no source has messages. report: is told of each source what was left out.
 
     Raises DataError for a source that cannot be read, or of which nothing can be used.
     """
     encoder = RecordEncoder(tokenizer, template, seq_length)
-    return _open("conversations", sources, encoder, cache_dir, report, progress)
-
-
-def open_pairs(
-    sources: Sequence[str],
-    tokenizer: Encoder,
-    template: Template | None,
-    *,
-    seq_length: int,
-    cache_dir: str | Path | None = None,
-    report: Report | None = None,
-    progress: bool = False,
-) -> ChatData:
-    """Pairs of a chosen and a rejected answer; the rest as `open_conversations`."""
-    return _open(
-        "pairs", sources, RecordEncoder(tokenizer, template, seq_length), cache_dir, report, progress
-    )
-
-
-def _open(
-    kind: str,
-    sources: Sequence[str],
-    encoder: RecordEncoder,
-    cache_dir: str | Path | None,
-    report: Report | None,
-    progress: bool,
-) -> ChatData:
     names, weights = parse_blend(sources)
-    folder = _cache_beside(names[0]) if cache_dir is None else Path(cache_dir)
+    folder = cache_beside_source(names[0]) if cache_dir is None else Path(cache_dir)
     made_from = {
         "kind": kind,
-        "tokenizer": encoder.tokenizer.fingerprint(),
-        "template": encoder.template and encoder.template.fingerprint,
-        "seq_length": encoder.seq_length,
+        "tokenizer": tokenizer.fingerprint(),
+        "template": template and template.fingerprint,
+        "seq_length": seq_length,
     }
     opened = []
     for name in names:
@@ -113,7 +90,7 @@ def _open(
             open_rows(name),
             encoder.conversation if kind == "conversations" else encoder.pair,
             made_from=made_from,
-            vocab_size=encoder.tokenizer.vocab_size,
+            vocab_size=tokenizer.vocab_size,
             cache_dir=folder,
             progress=progress,
         )
@@ -123,5 +100,6 @@ def _open(
     return ChatData(tuple(opened), tuple(weights) if weights else None, 1 if kind == "conversations" else 2)
 
 
-def _cache_beside(name: str) -> Path:
+def cache_beside_source(name: str) -> Path:
+    """Where prepared data lies if nothing is said: beside its source, or here where that is on the Hub."""
     return Path("cache") if name.startswith(HUB) else Path(name).parent / "cache"

@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.run import RunConfig
-from megalite.data.chat import ChatData, open_conversations, open_pairs
+from megalite.data.chat import ChatData, cache_beside_source, open_chat
 from megalite.data.chat_loader import ChatLoader
 from megalite.data.chat_samples import ChatSamples
 from megalite.data.error import DataError
@@ -17,10 +18,14 @@ from megalite.data.packing import SampleOrder
 from megalite.parallel.context import ParallelContext
 from megalite.tokenizer.load import load_tokenizer
 from megalite.tokenizer.template import open_template
+from megalite.training.samples import slices_of
+from megalite.training.world import on_rank_0
 
 
-def open_chat(run: RunConfig, sources: list[str], report: Callable[[str], None], progress: bool) -> ChatData:
-    """The sources of a run's task, prepared once and then found in the cache.
+def open_sources(
+    run: RunConfig, sources: list[str], rank: int, report: Callable[[str], None], progress: bool
+) -> ChatData:
+    """The sources of a run's task, prepared by rank 0 and then found in the cache. Collective.
 
     Raises DataError or TokenizerError for sources, a template or a tokenizer that cannot serve.
     """
@@ -29,21 +34,17 @@ def open_chat(run: RunConfig, sources: list[str], report: Callable[[str], None],
             "data.tokenizer is null and the model that the run starts from has none: name its tokenizer"
         )
     tokenizer = load_tokenizer(run.data.tokenizer)
-    open_sources = open_pairs if run.task == "prefer" else open_conversations
-    return open_sources(
+    prepare = partial(
+        open_chat,
+        "pairs" if run.task == "prefer" else "conversations",
         sources,
         tokenizer,
         open_template(tokenizer, run.data.chat_template),
         seq_length=run.data.seq_length,
-        cache_dir=cache_folder(run),
-        report=report,
-        progress=progress,
+        cache_dir=run.data.cache_dir,
     )
-
-
-def cache_folder(run: RunConfig) -> Path:
-    """Where prepared sources lie: the run's cache, or one in its folder."""
-    return Path(run.data.cache_dir or Path(run.output_dir) / "cache")
+    on_rank_0(rank, lambda: len(prepare(report=report, progress=progress)))
+    return prepare()
 
 
 def training_samples(chat: ChatData, run: RunConfig, batch_samples: int) -> ChatSamples:
@@ -67,21 +68,12 @@ def build_loader(
     references: np.ndarray | None = None,
 ) -> ChatLoader:
     """This rank's part of each global batch."""
-    stages, data = context["pp"], context["dp"]
-    return ChatLoader(
-        samples,
-        references=references,
-        global_batch_samples=deepspeed.train_batch_size,
-        num_micro_batches=deepspeed.num_micro_batches(data.size),
-        dp_rank=data.rank,
-        dp_size=data.size,
-        vocab_size=run.model.vocab_size,
-        reads_tokens=stages.rank in (0, stages.size - 1),
-    )
+    return ChatLoader(samples, references=references, **slices_of(run, deepspeed, context))
 
 
 def references_file(chat: ChatData, run: RunConfig, start: str) -> Path:
     """Where log-probabilities are kept, beside the data. start: a fingerprint of the weights of the start."""
     made_from = [start, run.data.seq_length, [source.sha256 for source in chat.sources]]
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-    return cache_folder(run) / f"references-{key}.npy"
+    folder = run.data.cache_dir or cache_beside_source(chat.sources[0].name)
+    return Path(folder) / f"references-{key}.npy"

@@ -18,7 +18,7 @@ from megalite.parallel.context import ParallelContext
 from megalite.tokenizer.load import load_tokenizer
 from megalite.training.chat_data import (
     build_loader,
-    open_chat,
+    open_sources,
     references_file,
     training_samples,
     validation_samples,
@@ -26,7 +26,7 @@ from megalite.training.chat_data import (
 from megalite.training.checkpoints import Checkpoints
 from megalite.training.output import make_folder
 from megalite.training.reference import find_references
-from megalite.training.samples import build_samples, open_cache, token_files
+from megalite.training.samples import build_samples, open_cache, slices_of, token_files
 from megalite.training.trainer import StageTrainer
 from megalite.training.world import on_rank_0
 
@@ -107,10 +107,12 @@ def _open_chat(
     if run.data.train is None:
         raise DataError(f"data.train is null, and {run.task} needs conversations or pairs: name a file")
     batch_samples = deepspeed.train_batch_size
-    train = training_samples(open_chat(run, run.data.train, report, progress), run, batch_samples)
+    train = training_samples(
+        open_sources(run, run.data.train, context.rank, report, progress), run, batch_samples
+    )
     validation = None
     if run.data.validation is not None and run.logging.validate_every_steps:
-        chat = open_chat(run, run.data.validation, report, progress)
+        chat = open_sources(run, run.data.validation, context.rank, report, progress)
         validation = validation_samples(chat, run, batch_samples)
 
     def batches(samples: ChatSamples) -> PreparedBatches:
@@ -143,20 +145,10 @@ def _build_data(
 
     on_rank_0(context.rank, check_ids)
 
-    stages = context["pp"]
-    ends = (0, stages.size - 1)
+    slices = slices_of(run, deepspeed, context)
 
     def batches(dataset: Any) -> Batches:
-        loader = BatchLoader(
-            dataset,
-            global_batch_samples=deepspeed.train_batch_size,
-            num_micro_batches=deepspeed.num_micro_batches(context["dp"].size),
-            dp_rank=context["dp"].rank,
-            dp_size=context["dp"].size,
-            vocab_size=run.model.vocab_size,
-            mask_documents=run.data.mask_documents,
-            reads_tokens=stages.rank in ends,
-        )
+        loader = BatchLoader(dataset, mask_documents=run.data.mask_documents, **slices)
         return PreparedBatches(loader)
 
     validation = batches(datasets.validation) if datasets.validation is not None else None

@@ -1,12 +1,15 @@
-"""The samples that a run reads: which files, how many samples, and where their indices are kept."""
+"""The samples that a run reads: which files, how many, which are this rank's, and where indices are kept."""
 
 from collections.abc import Iterator
+from typing import Any
 
+from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.run import RunConfig
 from megalite.data.cache import IndexCache
 from megalite.data.datasets import Datasets, build_datasets, cache_beside
 from megalite.data.error import DataError
 from megalite.data.indexed_dataset import IndexedDataset
+from megalite.parallel.context import ParallelContext
 
 
 def open_cache(run: RunConfig) -> IndexCache:
@@ -35,6 +38,19 @@ def build_samples(
         cache=cache,
         progress=progress,
     )
+
+
+def slices_of(run: RunConfig, deepspeed: DeepSpeedConfig, context: ParallelContext) -> dict[str, Any]:
+    """How a loader cuts each global batch for this rank: the arguments of `SampleLoader`."""
+    stages, data = context["pp"], context["dp"]
+    return {
+        "global_batch_samples": deepspeed.train_batch_size,
+        "num_micro_batches": deepspeed.num_micro_batches(data.size),
+        "dp_rank": data.rank,
+        "dp_size": data.size,
+        "vocab_size": run.model.vocab_size,
+        "reads_tokens": stages.rank in (0, stages.size - 1),
+    }
 
 
 def token_files(datasets: Datasets) -> Iterator[IndexedDataset]:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalite.batch import IGNORED, Batch
-from megalite.data.chat import open_conversations, open_pairs
+from megalite.data.chat import open_chat
 from megalite.data.chat_loader import ChatLoader
 from megalite.data.chat_samples import ChatDatasets, SampleRow
 from megalite.data.error import DataError
@@ -41,7 +41,7 @@ def write(path, rows):
 def opened(kind, sources, folder, **changes):
     options = {"seq_length": 64, "cache_dir": folder / "cache", **changes}
     names = [sources] if isinstance(sources, str) else sources
-    return kind(names, TOKENIZER, options.pop("template", TEMPLATE), **options)
+    return open_chat(kind, names, TOKENIZER, options.pop("template", TEMPLATE), **options)
 
 
 def texts(data):
@@ -67,7 +67,7 @@ def test_columns_are_read_as_trl_names_them(tmp_path):
         {"text": "all"},
         {"text": "ended<|endoftext|>"},
     ]
-    assert list(texts(opened(open_conversations, write(tmp_path / "a.jsonl", rows), tmp_path))) == [
+    assert list(texts(opened("conversations", write(tmp_path / "a.jsonl", rows), tmp_path))) == [
         ("User:\nq\nAssistant:\na<|endoftext|>\n", "a<|endoftext|>\n"),
         ("p c<|endoftext|>", " c<|endoftext|>"),
         (f"User:\nq\nAssistant:\nold{END}\nUser:\nr\nAssistant:\nnew{END}\n", f"new{END}\n"),
@@ -83,7 +83,7 @@ def test_pairs_are_two_sequences_whatever_their_columns_are(tmp_path):
         {"prompt": talk("q", "a")[:1], "chosen": talk("q", "a")[1:], "rejected": talk("q", "b")[1:]},
         {"prompt": "q", "chosen": talk("q", "a"), "rejected": talk("q", "b")},
     ]
-    pairs = opened(open_pairs, write(tmp_path / "a.jsonl", rows), tmp_path)
+    pairs = opened("pairs", write(tmp_path / "a.jsonl", rows), tmp_path)
     framed = [(f"User:\nq\nAssistant:\n{x}<|endoftext|>\n", f"{x}<|endoftext|>\n") for x in "ab"]
     assert len(pairs) == 4
     assert list(texts(pairs)) == [
@@ -121,8 +121,8 @@ BAD_PAIRS = [
 
 
 @pytest.mark.parametrize("kind, bad, good", [
-    (open_conversations, BAD, {"text": "x" * 63}),
-    (open_pairs, BAD_PAIRS, {"prompt": "p", "chosen": "a", "rejected": "b" * 62}),
+    ("conversations", BAD, {"text": "x" * 63}),
+    ("pairs", BAD_PAIRS, {"prompt": "p", "chosen": "a", "rejected": "b" * 62}),
 ])  # fmt: skip
 def test_records_that_cannot_be_used_are_counted_by_reason_with_the_first_of_each(tmp_path, kind, bad, good):
     path, said = tmp_path / "a.jsonl", []
@@ -149,22 +149,22 @@ def test_nothing_to_learn_from_is_refused_and_nothing_is_kept(tmp_path):
     with pytest.raises(
         DataError, match=r"nothing to learn from: 2 records, 1 with empty completion \(first: .* line 1\)"
     ):
-        opened(open_conversations, path, tmp_path)
+        opened("conversations", path, tmp_path)
     assert not any((tmp_path / "cache").iterdir())
     with pytest.raises(DataError, match="nothing to learn from: no record"):
-        opened(open_conversations, write(tmp_path / "b.jsonl", []), tmp_path)
+        opened("conversations", write(tmp_path / "b.jsonl", []), tmp_path)
 
 
 def test_conversations_without_a_template_are_refused_with_their_place(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"text": "x"}, {"messages": talk("q", "a")}])
     with pytest.raises(DataError, match=r"a.jsonl line 2: .*no chat template: .*data.chat_template"):
-        opened(open_conversations, path, tmp_path, template=None)
+        opened("conversations", path, tmp_path, template=None)
 
 
 def test_what_a_template_does_not_take_is_left_out(tmp_path):
     template = ChatTemplate(TOKENIZER, "{{ raise_exception('never') }}", "strict")
     path = write(tmp_path / "a.jsonl", [{"messages": talk("q", "a")}, {"text": "x"}])
-    [source] = opened(open_conversations, path, tmp_path, template=template).sources
+    [source] = opened("conversations", path, tmp_path, template=template).sources
     assert "messages that chat template strict does not take (first: " in source.summary()
 
 
@@ -178,7 +178,7 @@ def test_every_kind_of_file_gives_the_same(tmp_path):
     (tmp_path / "folder").mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "folder" / "train.parquet")
     names = ["a.jsonl", "b.jsonl.gz", "c.json", "d.parquet", "folder"]
-    found = [list(texts(opened(open_conversations, str(tmp_path / name), tmp_path))) for name in names]
+    found = [list(texts(opened("conversations", str(tmp_path / name), tmp_path))) for name in names]
     assert found == [found[0]] * 5 and len(found[0]) == 2
 
 
@@ -196,27 +196,27 @@ def test_a_source_that_cannot_be_read_is_told_in_one_line(tmp_path, monkeypatch,
         (tmp_path / file).write_text(content)
     place = name if name.startswith("hf:") else str(tmp_path / name)
     with pytest.raises(DataError, match=said) as caught:
-        opened(open_conversations, place, tmp_path)
+        opened("conversations", place, tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_prepared_data_is_found_again_and_only_where_nothing_changed(tmp_path, monkeypatch):
     path = write(tmp_path / "a.jsonl", [{"messages": talk("q", "a")}])
-    first = opened(open_conversations, path, tmp_path)
+    first = opened("conversations", path, tmp_path)
     encoded = []
     encode = ChatTemplate.encode
     monkeypatch.setattr(ChatTemplate, "encode", lambda *args: encoded.append(1) or encode(*args))
     moved = tmp_path / "moved.jsonl"
     moved.write_bytes((tmp_path / "a.jsonl").read_bytes())
-    again = opened(open_conversations, str(moved), tmp_path)
+    again = opened("conversations", str(moved), tmp_path)
     assert not encoded and again.sources[0].sha256 == first.sources[0].sha256
-    opened(open_conversations, str(moved), tmp_path, cache_dir=None)  # means `cache` beside the first source
+    opened("conversations", str(moved), tmp_path, cache_dir=None)  # means `cache` beside the first source
     assert not encoded
     other = ChatTemplate(TOKENIZER, TEMPLATE.source + " ", "other")
     for number, change in enumerate([{"template": other}, {"seq_length": 65}, {}], 1):
         if not change:
             write(tmp_path / "a.jsonl", [{"messages": talk("q", "b")}])
-        opened(open_conversations, path, tmp_path, **change)
+        opened("conversations", path, tmp_path, **change)
         assert len(encoded) == number
     assert len(list((tmp_path / "cache").iterdir())) == 4
 
@@ -224,7 +224,7 @@ def test_prepared_data_is_found_again_and_only_where_nothing_changed(tmp_path, m
 @pytest.mark.parametrize("file", ["tokens.bin", "learnt.bin", "tokens.idx", "manifest.json"])
 def test_a_damaged_entry_is_made_again_with_a_warning(tmp_path, file):
     path = write(tmp_path / "a.jsonl", [{"messages": talk("q", "a")}])
-    whole = list(texts(opened(open_conversations, path, tmp_path)))
+    whole = list(texts(opened("conversations", path, tmp_path)))
     [entry] = (tmp_path / "cache").iterdir()
     content = bytearray((entry / file).read_bytes())
     content[len(content) // 2] ^= 1
@@ -232,14 +232,14 @@ def test_a_damaged_entry_is_made_again_with_a_warning(tmp_path, file):
     if file == "manifest.json":
         (entry / file).write_bytes(content[:10])
     with pytest.warns(UserWarning, match="expected an intact entry.*prepared again"):
-        assert list(texts(opened(open_conversations, path, tmp_path))) == whole
+        assert list(texts(opened("conversations", path, tmp_path))) == whole
     assert [one.name for one in (tmp_path / "cache").iterdir()] == [entry.name]
 
 
 def test_several_may_prepare_at_once(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"messages": talk("q", str(i))} for i in range(50)])
     with ThreadPoolExecutor(4) as threads:
-        futures = [threads.submit(opened, open_conversations, path, tmp_path) for _ in range(4)]
+        futures = [threads.submit(opened, "conversations", path, tmp_path) for _ in range(4)]
         found = [list(texts(future.result())) for future in futures]
     assert found == [found[0]] * 4 and len(found[0]) == 50
     assert len(list((tmp_path / "cache").iterdir())) == 1
@@ -261,14 +261,14 @@ def test_a_row_holds_whole_sequences_and_labels_within_each():
 def many(tmp_path_factory):
     folder = tmp_path_factory.mktemp("many")
     rows = [{"prompt": f"{i} ", "completion": "x" * (1 + i * 7 % 40)} for i in range(30)]
-    return opened(open_conversations, write(folder / "many.jsonl", rows), folder)
+    return opened("conversations", write(folder / "many.jsonl", rows), folder)
 
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
     rows = [{"prompt": f"{i} ", "chosen": "yes" * (1 + i % 3), "rejected": "no"} for i in range(10)]
-    return opened(open_pairs, write(folder / "pairs.jsonl", rows), folder)
+    return opened("pairs", write(folder / "pairs.jsonl", rows), folder)
 
 
 def all_rows(batches):
@@ -378,7 +378,7 @@ def test_sources_are_mixed_by_weight_or_as_one(tmp_path):
     b = write(tmp_path / "b.jsonl", [{"text": f"b{i}"} for i in range(8)])
 
     def first_letters(sources, order, count):
-        samples = opened(open_conversations, sources, tmp_path).samples(order, count)
+        samples = opened("conversations", sources, tmp_path).samples(order, count)
         return [chr(samples.rows(i)[0].input_ids[0]) for i in range(len(samples))]
 
     assert first_letters([a, b], IN_ORDER, None) == ["a"] * 4 + ["b"] * 8
@@ -403,6 +403,6 @@ def test_a_checkpoint_refuses_other_data_and_accepts_a_longer_run(tmp_path, many
     rows = [
         {"prompt": f"{i} ", "completion": "y" * (1 + i * 7 % 40)} for i in range(30)
     ]  # of the same lengths
-    changed = opened(open_conversations, write(tmp_path / "many.jsonl", rows), tmp_path)
+    changed = opened("conversations", write(tmp_path / "many.jsonl", rows), tmp_path)
     with pytest.raises(DataError, match="sha256: expected"):
         check_same_data(recorded, described(changed), "the checkpoint")

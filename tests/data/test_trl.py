@@ -7,7 +7,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from megalite.batch import IGNORED
-from megalite.data.chat import open_conversations, open_pairs
+from megalite.data.chat import open_chat
 from megalite.tokenizer.template import open_template
 from megalite.tokenizer.tokenizer import HuggingFaceTokenizer
 from tests.tokenizer.chat_tokenizer import build_chat_tokenizer
@@ -62,11 +62,11 @@ def trained_by_trl(tokenizer, trainer, config, rows, folder, **options):
     return made.train_dataset
 
 
-def ours(open_data, tokenizer, rows, folder):
+def ours(kind, tokenizer, rows, folder):
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     template = open_template(tokenizer, "chatml")
-    data = open_data([str(path)], tokenizer, template, seq_length=200, cache_dir=folder / "cache")
+    data = open_chat(kind, [str(path)], tokenizer, template, seq_length=200, cache_dir=folder / "cache")
     [source] = data.sources
     return [source.sequence(index) for index in range(len(source))]
 
@@ -78,7 +78,7 @@ def test_conversations_have_the_ids_and_labels_of_trl(tokenizer, tmp_path, colum
     theirs = trained_by_trl(
         tokenizer, trl.SFTTrainer, trl.SFTConfig, rows, tmp_path, assistant_only_loss=assistant_only
     )
-    found = ours(open_conversations, tokenizer, rows, tmp_path)
+    found = ours("conversations", tokenizer, rows, tmp_path)
     assert len(found) == len(theirs) == len(rows)
     for (ids, is_learnt), expected in zip(found, theirs, strict=True):
         assert ids.tolist() == expected["input_ids"]
@@ -91,7 +91,7 @@ def test_conversations_have_the_ids_and_labels_of_trl(tokenizer, tmp_path, colum
 def test_pairs_have_the_ids_and_completions_of_trl(tokenizer, tmp_path, columns):
     rows = PAIRS[columns]
     [theirs] = trained_by_trl(tokenizer, trl.DPOTrainer, trl.DPOConfig, rows, tmp_path)
-    chosen, rejected = ours(open_pairs, tokenizer, rows, tmp_path)
+    chosen, rejected = ours("pairs", tokenizer, rows, tmp_path)
     for (ids, is_learnt), answer in ((chosen, "chosen_ids"), (rejected, "rejected_ids")):
         assert ids.tolist() == theirs["prompt_ids"] + theirs[answer]
         assert ids[is_learnt].tolist() == theirs[answer]
