@@ -9,8 +9,8 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
+from megalite.error import UserError
 from megalite.files import write_text, written_aside
-from megalite.tokenizer.chat import render_chat
 from megalite.tokenizer.config_file import token_text
 from megalite.tokenizer.error import TokenizerError
 
@@ -74,7 +74,17 @@ class Tokenizer(ABC):
 
         Raises TokenizerError when there is no chat template, or it does not take such a message.
         """
-        raise TokenizerError(f"{self.name} has no chat template: name a tokenizer that has one (--tokenizer)")
+        from megalite.tokenizer.template import open_template  # it knows this class
+
+        template = open_template(self)
+        if template is None:
+            raise TokenizerError(
+                f"{self.name} has no chat template: name a tokenizer that has one (--tokenizer)"
+            )
+        try:
+            return template.render([{"role": "user", "content": message}], add_generation_prompt=True)
+        except (UserError, ImportError) as error:
+            raise TokenizerError(f"{self.name}: its chat template cannot be used: {error}") from error
 
     @property
     def eos_token_id(self) -> int:
@@ -185,12 +195,6 @@ class HuggingFaceTokenizer(Tokenizer):
 
             check_same_pieces(self._model, self._backend, self.name)
         return self._model
-
-    def chat_prompt(self, message: str) -> str:
-        if not self._config.get("chat_template"):
-            return super().chat_prompt(message)
-        config = self.special_tokens() | {"eos_token": self.eos_token}
-        return render_chat(self.name, self._backend, config, message)
 
     def _content(self) -> bytes:
         return self._backend.to_str().encode()
