@@ -4,10 +4,7 @@ deepspeed launchers/prefer.py --deepspeed_config configs/deepspeed/zero3.json \
           checkpoint.start_from=runs/tuned data.train=pairs.jsonl
 """
 
-import os
-import sys
-
-from megalite.training.command import launch
+from megalite.training.command import end, launch
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -16,6 +13,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)  # gloo's threads outlive their groups, and abort an interpreter that shuts down slowly
+    end(main())

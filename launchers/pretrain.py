@@ -3,10 +3,7 @@
 deepspeed launchers/pretrain.py --deepspeed_config configs/deepspeed/zero3.json parallel.tp_size=2
 """
 
-import os
-import sys
-
-from megalite.training.command import launch
+from megalite.training.command import end, launch
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,6 +12,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)  # gloo's threads outlive their groups, and abort an interpreter that shuts down slowly
+    end(main())

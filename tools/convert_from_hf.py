@@ -22,7 +22,6 @@ in float32.
 example:
   python tools/convert_from_hf.py --model downloads/llama --output runs/llama/checkpoints
 """
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,8 +55,7 @@ def convert(arguments: argparse.Namespace) -> int:
 
 def describe_run(folder: HFFolder, output: Path) -> RunConfig:
     """The run that goes into the checkpoint: the folder's model, and its tokenizer where it has one."""
-    has_tokenizer = any((folder.path / name).exists() for name in TOKENIZER_FILES)
-    data = DataConfig(tokenizer=str(folder.path.resolve()) if has_tokenizer else None)
+    data = DataConfig(tokenizer=folder.tokenizer)
     return RunConfig(model=folder.model, data=data, output_dir=str(output.parent))
 
 

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import io
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from megalite.tokenizer.continuation import Continuation
 from megalite.tokenizer.error import TokenizerError
 from megalite.tokenizer.load import load_tokenizer
 from megalite.tokenizer.tokenizer import Tokenizer
+from megalite.training.command import end
 from megalite.training.environment import Environment, choose_cpu_accelerator, is_one_of_many
 from megalite.training.processes import run_job
 from megalite.training.world import gather
@@ -298,6 +298,4 @@ class Printer:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)  # gloo's threads outlive their groups, and abort an interpreter that shuts down slowly
+    end(main())

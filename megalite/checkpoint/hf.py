@@ -19,6 +19,7 @@ from megalite.checkpoint.hf_config import hf_config
 from megalite.checkpoint.hf_folder import CONFIG_FILE, INDEX, WEIGHTS, HFFolder
 from megalite.checkpoint.save import save_checkpoint
 from megalite.checkpoint.tensor_file import Entry, write_plain_tensor_file, write_text_file
+from megalite.checkpoint.vacancy import require_vacant
 from megalite.checkpoint.weights import Part, Weights, model_parts
 from megalite.config.load import dump_run
 from megalite.config.run import RunConfig
@@ -48,8 +49,7 @@ def export(
     for such a model, or when a weight is too large for float16. Then `output` is not touched.
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists and is not an empty folder: remove it or name another")
+    require_vacant(output)
     config = hf_config(weights.model, weights.dtype)
     with folder_aside(output) as aside:
         _write_shards(aside, _entries(weights, progress), max_shard_bytes)

@@ -21,6 +21,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # One file, or an index of several: in transformers' order of preference.
 SOURCES = (WEIGHTS, INDEX, "pytorch_model.bin", "pytorch_model.bin.index.json")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 ROTARY_TABLE = ".rotary_emb.inv_freq"  # older Llamas carry it; it follows from the config
 
@@ -41,6 +42,11 @@ class HFFolder:
         self.path = Path(path)
         self.config = _read_json(self.path / CONFIG_FILE)
         self.tensors: Mapping[str, torch.Tensor] = ChainMap(*map(_map_tensors, self._files()))
+
+    @property
+    def tokenizer(self) -> str | None:
+        """The folder, as the name of the tokenizer in it, if there is one."""
+        return str(self.path.resolve()) if any((self.path / name).exists() for name in TOKENIZERS) else None
 
     @cached_property
     def model(self) -> ModelConfig:

@@ -43,6 +43,7 @@ from megalite.checkpoint.megatron_layout import (
 )
 from megalite.checkpoint.save import save_checkpoint
 from megalite.checkpoint.tensor_file import DTYPE_NAMES
+from megalite.checkpoint.vacancy import require_vacant
 from megalite.checkpoint.weights import DTYPES, Weights
 from megalite.config.load import dump_run
 from megalite.config.model import ModelConfig
@@ -175,8 +176,7 @@ def export_megatron(weights: Weights, output: Path, target: Target) -> dict[str,
     when Megatron does not compute such a model. Then `output` is not touched.
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists and is not an empty folder: remove it or name another")
+    require_vacant(output)
     plan = _plan(weights, target)
     iteration = plan.state["iteration"]
     with folder_aside(output) as aside:

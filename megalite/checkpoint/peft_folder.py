@@ -27,6 +27,7 @@ from megalite.checkpoint.tensor_file import (
     write_plain_tensor_file,
     write_text_file,
 )
+from megalite.checkpoint.vacancy import require_vacant
 from megalite.checkpoint.weights import DTYPES
 from megalite.config.model import ModelConfig
 from megalite.config.tuning import LoraConfig
@@ -61,8 +62,7 @@ def export_adapter(
     adapters, or when a factor is too large for float16. Then `output` is not touched.
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists and is not an empty folder: remove it or name another")
+    require_vacant(output)
     base = base_of(checkpoint)
     if base is None:
         raise CheckpointError(f"{checkpoint} holds whole weights and no adapter: export it without --adapter")

@@ -13,9 +13,7 @@ import numpy as np
 
 Block = bytes | memoryview
 BLOCK_BYTES = 1 << 22
-DEPTH = (
-    12  # blocks fetched ahead, and blocks that a use may lag behind: a tensor is read while one is written
-)
+DEPTH = 12  # blocks fetched ahead, and that a use may lag behind: a tensor is read while one is written
 MAX_BLOCKS = 2 * DEPTH + 2  # in memory at a time
 
 

@@ -1,5 +1,6 @@
 """The command line that the launchers share: what is to be trained, checked before anything else is done."""
 
+import os
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
@@ -63,6 +64,12 @@ def _of_task(run: RunConfig, task: str) -> RunConfig:
     from megalite.training.start import with_model_of_start  # takes torch
 
     return with_model_of_start(run.model_copy(update={"task": task}))
+
+
+def end(status: int) -> NoReturn:
+    """End this process at once: gloo's threads outlive their groups, and abort a slow shut-down."""
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def launch(description: str | None, task: str, argv: list[str] | None = None) -> int:

@@ -7,7 +7,8 @@ goes to ZeRO-3, if a few of the engine's habits are minded; each is explained wh
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -162,9 +163,14 @@ class StageEngine:
         if is_stage3(self.optimizer):
             self.optimizer.parameter_offload.get_param_coordinator().reset_step()
 
-    def train(self, mode: bool) -> None:
-        """Training (True) or evaluation mode of the stage."""
-        self.module.train(mode)
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The stage in evaluation mode, for forward-only passes; afterwards it trains again."""
+        self.module.eval()
+        try:
+            yield
+        finally:
+            self.module.train()
 
     def forward(self, x: torch.Tensor | None, batch: Batch, chunk: int) -> torch.Tensor:
         """A chunk's output; that of the head is the loss sum."""

@@ -1,7 +1,6 @@
 """The model in training, asked for the logits of any tokens: rank 0 asks, all ranks compute."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -39,7 +38,7 @@ class LiveModel:
         logits: (token ids [n, s], the place [n] of each sample's first real token, or None for 0) to logits
             [n, s, V]; attention and positions leave out what stands before that place.
         """
-        with self._evaluating():
+        with self.trainer.engine.evaluating():
             if self.context.rank == 0:
                 try:
                     return action(self._ask)
@@ -49,14 +48,6 @@ class LiveModel:
             while (question := _tell()) is not None:
                 self._answer(*question)
             return None
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        self.trainer.engine.train(False)
-        try:
-            yield
-        finally:
-            self.trainer.engine.train(True)
 
     def _ask(self, input_ids: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor:
         # What is told keeps its device, which on another rank is another or none.

@@ -12,8 +12,6 @@ from megalite.config.run import CheckpointConfig, RunConfig
 from megalite.config.section import ConfigError
 from megalite.training.world import on_rank_0
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-
 
 def with_model_of_start(run: RunConfig) -> RunConfig:
     """A run that begins with a model, with that model's shape and tokenizer where it states none.
@@ -39,8 +37,8 @@ def _describe_start(source: Path) -> tuple[ModelConfig, str | None]:
         checkpoint = newest_checkpoint(source) or require_checkpoint(source, setting="checkpoint.start_from")
         run = read_config(checkpoint)
         return run.model, run.data.tokenizer
-    has_tokenizer = any((source / name).exists() for name in TOKENIZER_FILES)
-    return HFFolder(source).model, str(source) if has_tokenizer else None
+    folder = HFFolder(source)
+    return folder.model, folder.tokenizer
 
 
 def find_start(source: str, output_dir: str, rank: int, report: Callable[[str], None]) -> Path:

@@ -113,8 +113,7 @@ class StageTrainer:
         peers = Peers(stages.group, shape, self.engine.dtype, context.device)
         self.runner = PipelineRunner(self.engine, peers, loss_chunk=0 if self.share.has_head else None)
         self.balancing = self._balancing(run)
-        self.batch_samples = deepspeed.train_batch_size
-        self.batch_rows = self.batch_samples * self.objective.rows_per_sample
+        self._batch_rows = deepspeed.train_batch_size * self.objective.rows_per_sample
         self.micro_batch_samples = deepspeed.train_micro_batch_size_per_gpu
         self.vocab_size, self.hidden_size = run.model.vocab_size, run.model.hidden_size
         place = (stages.rank, stages.size, num_micro_batches)
@@ -137,20 +136,19 @@ class StageTrainer:
         if self.balancing:
             # As of the losses below: a mean over samples, times what DeepSpeed divides by.
             data_size = self.context[DATA_AXES].size
-            self.balancing.begin_step(data_size * self.engine.loss_scale / self.batch_rows)
+            self.balancing.begin_step(data_size * self.engine.loss_scale / self._batch_rows)
         losses = self.runner.train(self._training, batches, self._loss_gradient(batches))
         grad_norm = self.engine.step(learning_rate)
-        load = self.balancing.finish_step(self.batch_rows) if self.balancing else None
+        load = self.balancing.finish_step(self._batch_rows) if self.balancing else None
         summed = self._summed(losses, batches)
         return StepResult(summed.mean, grad_norm, load, summed.further_means)
 
     def evaluate(self, micro_batches: Sequence[Batch]) -> LossSum:
         """The losses of a global batch; nothing is learnt."""
         batches = [batch.to(self.context.device) for batch in micro_batches]
-        self.engine.train(False)
-        self.engine.begin_pass()
-        losses = self.runner.evaluate(self._evaluation, batches)
-        self.engine.train(True)
+        with self.engine.evaluating():
+            self.engine.begin_pass()
+            losses = self.runner.evaluate(self._evaluation, batches)
         return self._summed(losses, batches)
 
     def score(self, micro_batches: Sequence[Batch]) -> torch.Tensor | None:
@@ -161,16 +159,15 @@ class StageTrainer:
         batches = [batch.to(self.context.device) for batch in micro_batches]
         chunks: Any = self.engine.module
         of_rows = partial(log_probabilities, vocab_size=self.vocab_size, group=self.context["tp"].group)
-        self.engine.train(False)
-        self.engine.begin_pass()
-        try:
-            for chunk in chunks:
-                chunk.loss = of_rows
-            outputs = self.runner.outputs(self._evaluation, batches)
-        finally:
-            for chunk in chunks:
-                chunk.loss = self.objective.loss
-            self.engine.train(True)
+        with self.engine.evaluating():
+            self.engine.begin_pass()
+            try:
+                for chunk in chunks:
+                    chunk.loss = of_rows
+                outputs = self.runner.outputs(self._evaluation, batches)
+            finally:
+                for chunk in chunks:
+                    chunk.loss = self.objective.loss
         return torch.cat(outputs) if outputs and self.share.has_head else None
 
     def _loss_gradient(self, batches: Sequence[Batch]) -> torch.Tensor:
