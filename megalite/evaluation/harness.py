@@ -54,6 +54,7 @@ class Harness:
         for name in names:
             self._check_known(name)
         self._tasks = [task for name in names for task in self._load(name)]
+        self._check_each_once()
 
     def run(
         self,
@@ -92,6 +93,14 @@ class Harness:
             meant = f"did you mean {' or '.join(near)}? " if near else ""
             remedy = f"`lm_eval ls tasks` lists all, {self._folder_option} adds more"
             raise EvaluationError(f"{self._tasks_option}: there is no task {name}: {meant}{remedy}")
+
+    def _check_each_once(self) -> None:
+        """The harness takes no task twice, and would say so when it is run."""
+        try:
+            self._manager.load(self._tasks)
+        except ValueError as error:
+            reason = " ".join(str(error).split())
+            raise EvaluationError(f"{self._tasks_option}: {reason}: name each task once") from None
 
     def _load(self, name: str) -> list[Any]:
         """The group of a name, or its tasks, with their data."""

@@ -51,18 +51,26 @@ class RotaryEmbedding:
         Each is [s, 1, 1, D] for positions 0 to s - 1, or [s, b, 1, D] for given positions [s, b], which are
         below max_position_embeddings.
         """
-        config = self._config
-        length = x.size(0) if positions is None else max(x.size(0), config.max_position_embeddings)
-        key = (length, x.dtype, x.device)
-        if key not in self._tables:
-            frequencies = inverse_frequencies(x.size(-1), config.rope_theta, config.rope_scaling)
-            angles = torch.outer(torch.arange(length).float(), frequencies).repeat(1, 2)
-            self._tables[key] = (angles.cos().to(x), angles.sin().to(x))
+        length = x.size(0)
         if positions is None:
-            cos, sin = (table.unsqueeze(1) for table in self._tables[key])
+            cos, sin = (table[:length].unsqueeze(1) for table in self._at_least(length, x))
         else:
-            cos, sin = (table[positions] for table in self._tables[key])
+            longest = max(length, self._config.max_position_embeddings)
+            cos, sin = (table[positions] for table in self._at_least(longest, x))
         return cos.unsqueeze(2), sin.unsqueeze(2)
+
+    def _at_least(self, length: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The one table of a dtype and device, which has so many positions or more, [length, D] each.
+
+        It grows to powers of two: an evaluation asks for every length, and each would leave a table.
+        """
+        config, key = self._config, (x.dtype, x.device)
+        if key not in self._tables or len(self._tables[key][0]) < length:
+            frequencies = inverse_frequencies(x.size(-1), config.rope_theta, config.rope_scaling)
+            places = torch.arange(1 << (length - 1).bit_length()).float()
+            angles = torch.outer(places, frequencies).repeat(1, 2)
+            self._tables[key] = (angles.cos().to(x), angles.sin().to(x))
+        return self._tables[key]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -150,6 +150,7 @@ def folders_of_reference(lm_eval) -> list[Path]:
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
+        (["--tasks", "tiny,tiny_choice"], "--tasks: Duplicate task"),
         (["--tasks", "tiny_chioce"], "there is no task tiny_chioce: did you mean tiny_choice"),
         (["--tasks", "tiny", "--include-path", "absent"], "--include-path: there is no folder absent"),
         (["--tasks", "tiny", "--tokenizer", "absent.json"], "absent.json: no such file"),

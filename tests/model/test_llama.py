@@ -29,7 +29,7 @@ from megalite.checkpoint.hf_config import hf_config
 from megalite.config.model import ModelConfig
 from megalite.model.flops import num_parameters
 from megalite.model.llama import LlamaStage
-from megalite.model.rope import inverse_frequencies
+from megalite.model.rope import RotaryEmbedding, inverse_frequencies
 from megalite.model.table import model_table
 from megalite.parallel.plan import LayerPlan
 
@@ -172,6 +172,18 @@ def test_the_comparison_notices_another_theta():
     _, _, twin = twins({"rope_theta": 20000.0})
     loss, expected, *_ = loss_and_gradients(stage, twin)
     assert abs(loss - expected) > 1e-6
+
+
+def test_rotary_tables_of_all_lengths_are_one_that_grows():
+    config = ModelConfig(**SMALL)
+    rotary, fresh = RotaryEmbedding(config), RotaryEmbedding(config)
+    for length in (*range(1, 40), 7, 33):
+        x = torch.zeros(length, 1, 1, config.head_dim)
+        whole = fresh.tables(torch.zeros(64, 1, 1, config.head_dim))
+        for table, longer in zip(rotary.tables(x), whole, strict=True):
+            assert table.shape == (length, 1, 1, config.head_dim) and table.equal(longer[:length])
+    [(cos, sin)] = rotary._tables.values()
+    assert len(cos) == len(sin) == 64
 
 
 @pytest.mark.parametrize(("family", "changes"), EVERY.values(), ids=EVERY.keys())
