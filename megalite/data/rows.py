@@ -19,7 +19,7 @@ from megalite.data.compression import decompressed, plain_suffix
 from megalite.data.error import DataError
 from megalite.data.input_block import read_line
 from megalite.data.sources import MAX_TEXT_BYTES
-from megalite.data.tables import HUB, errors_name
+from megalite.data.tables import HUB, errors_name, open_dataset
 from megalite.error import UnusableRecordError
 
 _JSON = (".jsonl", ".ndjson", ".json")
@@ -108,18 +108,12 @@ class DatasetSource(RowSource):
 
     @cached_property
     def _dataset(self) -> Any:
-        import datasets
-
-        datasets.disable_progress_bars()
         name, split = self.name.removeprefix(HUB), "train"
         if self.name.startswith(HUB):
             name, _, named = name.partition(":")
             split = named or split
         with errors_name(self.name, "dataset"):
-            saved = Path(name, split) if Path(name, "dataset_dict.json").is_file() else Path(name)
-            if Path(saved, "state.json").is_file():  # what save_to_disk writes
-                return datasets.load_from_disk(str(saved))
-            return datasets.load_dataset(name, split=split)
+            return open_dataset(name, None, split, streaming=False)
 
 
 def open_rows(name: str) -> RowSource:

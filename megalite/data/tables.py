@@ -47,7 +47,7 @@ class HubTable:
     def __init__(self, name: str, subset: str | None, split: str, keys: tuple[str, ...]) -> None:
         self.name, self.keys = name, keys
         with errors_name(name, "dataset"):
-            self._rows = _open_stream(name.removeprefix(HUB), subset, split)
+            self._rows = open_dataset(name.removeprefix(HUB), subset, split, streaming=True)
 
     def read(self) -> Iterator[Columns]:
         """All rows, some at a time."""
@@ -72,14 +72,16 @@ class errors_name:  # noqa: N801  a context manager that reads as a verb
             raise DataError(f"{self.name}: {self.kind}: expected to read it, found: {reason}") from error
 
 
-def _open_stream(name: str, subset: str | None, split: str) -> Any:
+def open_dataset(name: str, subset: str | None, split: str, *, streaming: bool) -> Any:
+    """What the `datasets` library finds in a folder, also one of save_to_disk, or under a name of the Hub."""
     import datasets
 
     datasets.disable_progress_bars()
     saved = Path(name, split) if Path(name, "dataset_dict.json").is_file() else Path(name)
     if Path(saved, "state.json").is_file():  # what save_to_disk writes
-        return datasets.load_from_disk(str(saved)).to_iterable_dataset()
-    return datasets.load_dataset(name, subset, split=split, streaming=True)
+        whole = datasets.load_from_disk(str(saved))
+        return whole.to_iterable_dataset() if streaming else whole
+    return datasets.load_dataset(name, subset, split=split, streaming=streaming)
 
 
 def _check_columns(name: str, schema: "pyarrow.Schema", keys: tuple[str, ...]) -> None:
