@@ -7,11 +7,11 @@ PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check 
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo laptop test bench readers lint clean
+.PHONY: help setup demo laptop chat test test-slurm chaos bench bench-gpu readers lint clean
 .DEFAULT_GOAL := help
 
 help:  ## list the commands
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 18
 
 setup: $(READY)  ## create .venv with the pinned versions
 
@@ -21,11 +21,26 @@ demo: $(READY)  ## train a small Llama on 4 CPU processes, convert it to Hugging
 laptop: $(READY)  ## train a Llama of 2 million parameters on this machine's CPU until it writes English
 	@$(BIN)/python tools/laptop.py
 
+chat: $(READY)  ## lilLM's whole path, small: tokenizer, pre-training, fine-tuning, preference tuning, a conversation
+	@$(BIN)/python tools/lillm.py
+
+# Two files at a time, never two tests of a file: its cases share ranks that are started once.
 test: $(READY)  ## run the whole test suite
-	@$(BIN)/python -m pytest -q --durations=10
+	@$(BIN)/python -m pytest -q --durations=10 -n 2 --dist loadfile
+
+FAULTS ?= 300
+
+chaos: $(READY)  ## kill, stop and damage tiny runs, 300 faults or FAULTS=...; each must end as if nothing had been
+	@$(BIN)/python -m tests.chaos.run --faults $(FAULTS)
+
+test-slurm: $(READY)  ## test the scripts under a real Slurm of two nodes on this host; fails without its packages
+	@$(BIN)/python -m pytest -q tests/slurm --require-slurm
 
 bench: $(READY)  ## run the benchmarks, side by side with peers, and write docs/benchmarks.md with its plots
 	@$(BIN)/python -m benchmarks.run
+
+bench-gpu: $(READY)  ## training on one GPU beside transformers + DeepSpeed, in parts; PARTS=... for some of them
+	@$(BIN)/python -m benchmarks.gpu $(PARTS)
 
 readers: $(READY)  ## read exported folders with transformers 4 and 5 and with llama.cpp (downloads and builds them)
 	@$(BIN)/python -m tests.readers.check

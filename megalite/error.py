@@ -3,9 +3,16 @@
 import sys
 from collections.abc import Callable
 
+from megalite.exit_status import FAILED, MISTAKE
+
 
 class UserError(ValueError):
-    """What is wrong, with both values, and the remedy: one line for a person. Base of all such errors."""
+    """What is wrong, with both values, and the remedy: one line for a person. Base of all such errors.
+
+    exit_status: of a job whose ranks all meet it.
+    """
+
+    exit_status = MISTAKE
 
 
 class UnusableRecordError(UserError):
@@ -25,6 +32,11 @@ def told_to_users(error: BaseException) -> str | None:
         said = error.strerror or str(error)  # without Python's number
         return f"{error.filename}: {said}" if error.filename and error.strerror else said
     return str(error) if isinstance(error, UserError) else None
+
+
+def exit_status_of(error: BaseException) -> int:
+    """Of a job whose ranks all meet it."""
+    return error.exit_status if isinstance(error, UserError) else FAILED
 
 
 def run_command(command: Callable[[], int | None], interrupted: str = "nothing was written") -> int:

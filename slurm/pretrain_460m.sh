@@ -13,10 +13,14 @@
 #SBATCH --exclusive
 #SBATCH --mem=0
 #SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
 
 # sbatch runs a copy of this file from a spool folder, in the folder it was submitted from.
-if [[ ! -f slurm/pretrain.sh ]]; then
-    echo "error: slurm/pretrain.sh is not in $PWD: submit from the root of the checkout, or with sbatch --chdir=ROOT" >&2
+script=${MEGALITE_ROOT:-.}/slurm/pretrain.sh
+if [[ ! -f $script ]]; then
+    echo "error: $script is not there: submit from the root of the checkout, or with sbatch --chdir=ROOT" >&2
     exit 2
 fi
-exec slurm/pretrain.sh pretrain_460m "$@"
+exec "$script" pretrain_460m "$@"

@@ -8,6 +8,7 @@ the stack of every rank.
 """
 
 import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -50,6 +51,7 @@ def _rank_main(
 ) -> None:
     faulthandler.dump_traceback_later(timeout_seconds, exit=True)
     torch.set_num_threads(1)
+    gc.freeze()  # DeepSpeed collects garbage at each engine's birth: not in all that was there before
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     try:
         dist.init_process_group(

@@ -12,19 +12,34 @@ PACKAGE = ROOT / "megalite"
 # Room -> what of megalite it may import besides itself. Imports point down only.
 ROOMS = {
     "config": set(),
-    "parallel": set(),
+    "kernels": set(),
+    "parallel": {"kernels"},
     "tokenizer": set(),
     "data": set(),
     "pipeline": {"parallel"},
-    "model": {"parallel", "config"},
+    "model": {"kernels", "parallel", "config"},
     "optimizer": {"parallel", "config"},
+    "plan": {"optimizer", "pipeline", "model", "kernels", "parallel", "config"},
     "checkpoint": {"model", "parallel", "config"},
     "watch": set(),
-    "measure": {"model", "parallel", "config"},
+    "measure": {"plan", "model", "parallel", "config"},
+    "inspection": {"checkpoint", "measure", "model", "parallel", "config"},
     "evaluation": {"checkpoint", "measure", "tokenizer", "data", "model", "parallel", "config"},
+    "report": {
+        "inspection",
+        "evaluation",
+        "measure",
+        "checkpoint",
+        "pipeline",
+        "model",
+        "parallel",
+        "config",
+    },
+    "generation": {"checkpoint", "tokenizer", "model", "parallel", "config"},
     "training": {
         "evaluation",
         "measure",
+        "plan",
         "watch",
         "checkpoint",
         "optimizer",
@@ -32,32 +47,46 @@ ROOMS = {
         "model",
         "data",
         "tokenizer",
+        "kernels",
         "parallel",
         "config",
     },
+    "dryrun": {"training", "optimizer", "pipeline", "model", "kernels", "parallel", "config"},
+    "preflight": {"training", "checkpoint", "optimizer", "model", "data", "parallel", "config"},
 }
 # Foreign systems come in by one door each: module -> where it may be imported.
 DOORS = {
     "deepspeed": ["training/engine.py"],
     "lm_eval": ["evaluation/harness.py"],
+    "vl_convert": ["report/bundle.py"],
+    "jinja2": ["report/page.py", "tokenizer/template.py"],
     "transformers": ["tokenizer/", "checkpoint/", "evaluation/live.py"],
     "torch": [
         "checkpoint/",
         "data/",
+        "dryrun/",
         "evaluation/",
+        "generation/",
+        "inspection/",
+        "kernels/",
         "measure/",
         "model/",
         "optimizer/",
         "parallel/",
         "pipeline/",
+        "preflight/",
         "training/",
         "batch.py",
     ],
     "yaml": ["config/"],
     "pydantic": ["config/", "checkpoint/"],
 }
-PURE = ["parallel/topology.py", "pipeline/schedule.py", "pipeline/partition.py", "model/flops.py"]
-PURE += ["training/lr_schedule.py"]
+PURE = ["parallel/topology.py", "model/flops.py", "training/lr_schedule.py"]
+PURE += [f"pipeline/{name}.py" for name in ("actions", "orders", "partition", "placement", "schedule")]
+PURE += ["pipeline/timeline.py", "pipeline/transfers.py"]
+PURE += ["kernels/limits.py", "optimizer/kinds.py", "parallel/vocabulary.py"]
+PURE += [f"plan/{path.name}" for path in (PACKAGE / "plan").glob("*.py")]
+PURE += [f"dryrun/{name}.py" for name in ("links", "log", "match", "play", "roster")]
 LONGEST_FUNCTION_LINES = 60
 
 

@@ -32,7 +32,7 @@ from tests.trainers import SEED, Case, build_trainer, global_batch_of, micro_bat
 
 NUM_STEPS = 10
 ALL = LoraConfig().targets
-LORA = LoraConfig(rank=3, alpha=5.0)
+LORA = LoraConfig(rank=3, alpha=6.0)
 STABLE = LoraConfig(rank=4, alpha=8.0, rank_stabilized=True, targets=["q_proj", "v_proj", "down_proj"])
 CASES = [
     *((Case(zero=zero), LORA) for zero in (0, 3)),
@@ -43,6 +43,7 @@ CASES = [
     (Case(tp=4, sp=False, zero=1), STABLE),
     (Case(pp=2, zero=1), LORA),
     (Case(pp=2, tied=True, gathering="micro_batch"), LORA),
+    (Case(pp=2, schedule="interleaved", tied=True), LORA),
     (Case(dp=2, zero=2), LORA),
     (Case(dp=2, recompute="selective"), STABLE),
     (Case(tp=2, pp=2), LORA),
@@ -50,6 +51,8 @@ CASES = [
     (Case(pp=2, dp=2, schedule="afab", tied=True), LORA),
     (Case(tp=2, pp=2, dp=2, recompute="full"), LORA),
     (Case(tp=2, pp=2, dp=2, zero=1, tied=True, sp=False), LORA),
+    (Case(cp=2, documents=True, way="ring"), LORA),
+    (Case(cp=2, tp=2, zero=1, uneven=True), STABLE),
     (Case(tp=2, zero=1, model_kind="experts"), LORA),  # of the attention, the dense and the shared layers
     (Case(tp=2, pp=2, dp=2, ep=2, model_kind="experts"), LORA),
 ]

@@ -4,15 +4,18 @@ import argparse
 import importlib.util
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megalite.config.load import load_run
+from megalite.config.run import RunConfig
 from tests.checkpoint.llamas import random_llama, save_llama, tiny_run
 from tests.harness import run_distributed
+from tests.test_shipped_configs import shipped_run
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,14 +61,17 @@ def check_python(words: list[str]) -> None:
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    parse = argparse.ArgumentParser.parse_args
 
-    def parse_and_stop(self: argparse.ArgumentParser, *args: Any) -> None:
-        parse(self, *args)
-        raise ParsedError
+    def stopping(parse: Callable[..., Any]) -> Callable[..., None]:
+        def parse_and_stop(self: argparse.ArgumentParser, *args: Any) -> None:
+            parse(self, *args)
+            raise ParsedError
+
+        return parse_and_stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        for name in ("parse_args", "parse_intermixed_args"):
+            patch.setattr(argparse.ArgumentParser, name, stopping(getattr(argparse.ArgumentParser, name)))
         try:
             module.main(words[2:])
         except ParsedError:
@@ -80,37 +86,87 @@ def check_deepspeed(words: list[str]) -> None:
     from deepspeed.launcher.runner import parse_args
 
     launch = parse_args(words[1:])
-    if existing(launch.user_script).parent.name == "tools":
-        return check_python(["python", launch.user_script, *launch.user_args])
-    check_run(launch.user_args, launch.num_gpus if launch.num_gpus > 0 else 16)
+    check_launched(launch.user_script, launch.user_args, launch.num_gpus if launch.num_gpus > 0 else 16)
+
+
+def check_torchrun(words: list[str]) -> None:
+    """The same of torchrun."""
+    from torch.distributed.run import parse_args
+
+    launch = parse_args(words[1:])
+    world_size = int(launch.nnodes.partition(":")[0]) * int(launch.nproc_per_node)
+    check_launched(launch.training_script, launch.training_script_args, world_size)
+
+
+def check_launched(script: str, arguments: list[str], world_size: int) -> None:
+    if existing(script) == ROOT / "tools" / "preflight.py":
+        import tools.preflight
+
+        options = tools.preflight.parser().parse_intermixed_args(arguments)
+        tools.preflight.resolve(options, world_size, options.task)
+    elif existing(script).parent.name == "tools":
+        check_python(["python", script, *arguments])
+    else:
+        check_run(arguments, world_size, existing(script).stem)
 
 
 def check_sbatch(words: list[str]) -> None:
     """The script, the run that it or its first argument names, and the layout on so many nodes."""
     at = next(index for index, word in enumerate(words) if word.endswith(".sh"))
+    if words[at] == "slurm/submit.sh":
+        return check_sbatch(["sbatch", *words[at + 2 :]])  # after RUN_DIR
     script, arguments = existing(words[at]), words[at + 1 :]
-    name = arguments.pop(0) if script.stem == "pretrain" else script.stem
+    if script.stem in ("preprocess", "export", "debug"):
+        return check_worker(script.stem, arguments)
+    whole = re.search(r'^exec "\$script" (.*) "\$@"$', script.read_text(encoding="utf-8"), flags=re.M)
+    arguments = [*(whole[1].split() if whole else []), *arguments]
+    name = arguments.pop(0)
     if name.isupper():
         return  # a placeholder
     options = dict(word.split("=", 1) for word in words[1:at] if "=" in word)
     num_tasks = int(options.get("--nodes", 2)) * int(options.get("--ntasks-per-node", GPUS_PER_NODE))
-    existing(f"configs/runs/{name}.yaml")
+    task = load_run(str(existing(f"configs/runs/{name}.yaml")), []).task
     defaults = ["--deepspeed_config", f"configs/deepspeed/{name}.json"]
-    check_run([*defaults, "--config", f"configs/runs/{name}.yaml", *arguments], num_tasks)
+    check_run([*defaults, "--config", f"configs/runs/{name}.yaml", *arguments], num_tasks, task)
 
 
-def check_run(arguments: list[str], world_size: int) -> None:
+def check_worker(script: str, arguments: list[str]) -> None:
+    """A script that hands its options on to a tool, or starts a command."""
+    if script == "preprocess" and arguments[0] != "--merge":
+        at = arguments.index("--")
+        prefix, options, inputs = arguments[0], arguments[1:at], arguments[at + 1 :]
+        text = ["--input", *inputs, "--output-prefix", prefix, *options]
+        check_python(["python", "tools/preprocess_data.py", *text])
+    elif script == "preprocess" and len(arguments) != 2:
+        raise PageError(f"--merge takes one prefix, not {arguments[1:]}")
+    elif script == "export":
+        check_python(["python", "tools/evaluate.py", "--checkpoint", arguments[1], *arguments[2:]])
+
+
+def check_run(arguments: list[str], world_size: int, task: str) -> None:
+    """What a launcher checks first; the weights that a run goes on with are not there."""
+    from megalite.training import start
     from megalite.training.command import configure
 
     if any(word.isupper() or word.startswith("runs/mine") for word in arguments):
         return  # a placeholder
-    configure(arguments, world_size, "pretrain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(start, "with_model_of_start", with_shipped_model)
+        configure(arguments, world_size, task)
+
+
+def with_shipped_model(run: RunConfig) -> RunConfig:
+    """A run that goes on with a shipped one, with the model of that."""
+    name = Path(run.checkpoint.start_from or "").name
+    is_shipped = (ROOT / f"configs/runs/{name}.yaml").exists()
+    return run.model_copy(update={"model": shipped_run(name).model}) if is_shipped else run
 
 
 CHECKS = {
     "make": check_make,
     "python": check_python,
     "deepspeed": check_deepspeed,
+    "torchrun": check_torchrun,
     "sbatch": check_sbatch,
 }
 
@@ -150,6 +206,12 @@ def test_the_readme_shows_every_kind_of_command():
         "sbatch slurm/pretrain.sh absent",
         "sbatch --nodes=3 slurm/pretrain.sh llama3_70b",
         "sbatch slurm/pretrain_460m.sh schedule.steps=10",
+        "sbatch slurm/pretrain_7b.sh parallel.pp_size=3",
+        "slurm/submit.sh runs/mine slurm/pretrain_460m.sh schedule.steps=10",
+        "sbatch slurm/preprocess.sh data/corpus --tokeniser=bytes -- a.jsonl",
+        "sbatch slurm/export.sh runs/first exported --absent",
+        f"torchrun --nproc-per-node 3 {PRETRAIN} parallel.tp_size=2",
+        f"torchrun --nproc-per-node 2 {PRETRAIN.replace('launchers/pretrain', 'tools/preflight')} --absent",
     ],
 )
 def test_a_wrong_command_is_noticed(command, monkeypatch):

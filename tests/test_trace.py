@@ -18,6 +18,8 @@ LAYOUTS = [
     Case(tp=2, pp=2, zero=2, sp=False, recompute="full", documents=True, uneven=True),
     Case(pp=2, dp=2, schedule="afab", recompute="selective", tied=True),
     Case(tp=2, dp=2, ep=2, model_kind="experts"),
+    Case(cp=2, tp=2, documents=True, way="ring"),
+    Case(cp=2, dp=2, zero=1, uneven=True, way="heads"),
 ]
 
 

@@ -4,12 +4,14 @@
     str(departure)      # model.layers.1.input_layernorm backward, by 4.1e-01 relative
 
 A traced step is the first of test_equivalence.py. Modules have Hugging Face's names; what enters a row layer
-is traced as "model.layers.1.self_attn into o_proj", since attention's output is already that of o_proj.
+is traced as "model.layers.1.self_attn into o_proj", since attention's output is already that of o_proj; what
+the head gives are loss sums, one per micro batch.
 Gradients of weights are not traced: where none departs, look there, at the norm and at the optimizer.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +20,15 @@ from torch import nn
 
 from megalite.model.llama import LlamaStage
 from megalite.model.moe import RoutedExperts, TopKRouter
-from megalite.parallel.context import ParallelContext
+from megalite.parallel.context import ParallelContext, Ranks
+from megalite.parallel.head import VocabParallelHead
 from megalite.parallel.linear import ColumnParallelLinear, MergedColumnLinear, RowParallelLinear
+from megalite.parallel.sequence import SequenceCut
 from megalite.parallel.shard import spec_of
+from megalite.parallel.topology import DATA_AXES
 from megalite.training.engine import initialize_communication
 from tests.harness import run_distributed
-from tests.trainers import BATCH, MICRO_BATCH, MODEL, SEED, Case, build_trainer, global_batch, micro_batches
+from tests.trainers import BATCH, MICRO_BATCH, SEED, Case, build_trainer, global_batch, micro_batches
 
 TOLERANCE = (
     1e-5  # relative to a tensor's largest element: a hundred fp32 roundings, as in test_equivalence.py
@@ -105,7 +110,7 @@ def _traced_step(rank: int, case: Case, fault: Fault | None) -> Trace | None:
         fault(stage, context)
     tracer = Tracer(stage, sequence_parallel=case.sp and case.tp > 1)
     trainer.train_step(micro_batches(0, context, case), learning_rate=1e-3)
-    local = tracer.local(gradient_scale=1 / context["dp"].size)  # ZeRO averages where one process sums
+    local = tracer.local(gradient_scale=1 / context[DATA_AXES].size)  # ZeRO averages, one process sums
     everyone: list[Any] | None = [None] * case.world_size if rank == 0 else None
     place = ParallelContext(context.topology, rank)  # without the groups, which stay where they were made
     dist.gather_object((place, local), everyone)
@@ -154,6 +159,8 @@ class Tracer:
         if isinstance(module, MergedColumnLinear):
             weights = [spec_of(getattr(module, f"{column.name}_weight")) for column in module.columns]
             places = [(spec.name.removesuffix(".weight"), spec.cuts[0].over) for spec in weights]
+        elif isinstance(module, VocabParallelHead):  # what it gives are losses, no logits
+            places = [(name, "whole")]
         elif isinstance(module, ColumnParallelLinear):
             places = [(name, "tp")]
         elif name.endswith(("q_norm", "k_norm")):  # of heads
@@ -182,21 +189,35 @@ class Tracer:
         tensor.register_hook(lambda grad: self._keep(name, BACKWARD, micro_batch, grad))
 
     def _keep(self, name: str, direction: str, micro_batch: int, tensor: torch.Tensor) -> None:
-        self._seen.setdefault((name, direction), {})[micro_batch] = tensor.detach().flatten(2).clone()
+        tensor = tensor.view(1, 1, 1) if tensor.ndim == 0 else tensor.flatten(2)  # a loss sum, or activations
+        self._seen.setdefault((name, direction), {})[micro_batch] = tensor.detach().clone()
 
 
-def put_together(parts: list[tuple[ParallelContext, dict[Key, Part]]]) -> Trace:
+def put_together(held_by: list[tuple[ParallelContext, dict[Key, Part]]]) -> Trace:
     """The whole tensors of all stages, from what each rank holds."""
     trace: Trace = {}
-    ordered = sorted(parts, key=lambda part: part[0].rank)  # stages, then samples, then slices of layers
+    ordered = sorted(held_by, key=lambda held: held[0].rank)  # stages, samples, their parts, slices of layers
     tp, copies = (ordered[0][0][axis].size for axis in ("tp", "kv_copy"))
+    cp = ordered[0][0]["cp"]
     for key in dict.fromkeys(key for _, local in ordered for key in local):
         held = [local[key] for _, local in ordered if key in local]
-        samples = [_over_tp(held[i : i + tp], copies, key[1]) for i in range(0, len(held), tp)]
+        parts = [_over_tp(held[i : i + tp], copies, key[1]) for i in range(0, len(held), tp)]
+        over_cp = partial(_sums_over_cp, key[1]) if key[0] == "lm_head" else _over_cp
+        samples = [over_cp(parts[i : i + cp.size], cp) for i in range(0, len(parts), cp.size)]
         trace[key] = [torch.cat(tensors, dim=1) for tensors in zip(*samples, strict=True)]
-        if key[0] == "lm_head":
-            trace[key] = [logits[..., : MODEL.vocab_size] for logits in trace[key]]  # without padding
     return trace
+
+
+def _sums_over_cp(direction: str, parts: list[list[torch.Tensor]], _: Ranks) -> list[torch.Tensor]:
+    """Loss sums: of a part of the sequence each, whose gradient is that of the whole sum."""
+    by_copy = zip(*parts, strict=True)
+    return [torch.stack(sums).sum(0) for sums in by_copy] if direction == FORWARD else parts[0]
+
+
+def _over_cp(parts: list[list[torch.Tensor]], ranks: Ranks) -> list[torch.Tensor]:
+    """Whole sequences, of as many copies as there are of each part."""
+    whole = [torch.cat(copies, dim=0) for copies in zip(*parts, strict=True)]
+    return [SequenceCut(len(tensor), ranks).in_order(tensor, dim=0) for tensor in whole]
 
 
 def _over_tp(parts: list[Part], copies: int, direction: str) -> list[torch.Tensor]:

@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from typing import Any
 
+# What the birth of an engine imports, in seconds: once here, and not again in each rank that is forked.
 import torch
+import torch._dynamo
 
 from megalite.batch import IGNORED, Batch
 from megalite.config.deepspeed import DeepSpeedConfig
+from megalite.config.fp8 import Fp8Config
 from megalite.config.model import ModelConfig
 from megalite.config.run import BalancingConfig, DataConfig, OptimizerConfig, ParallelConfig, RunConfig
 from megalite.config.tuning import LoraConfig
@@ -37,16 +40,28 @@ EXPERTS = MODEL.model_copy(
 SOFTMAX = EXPERTS.model_copy(
     update={"scoring_func": "softmax", "norm_topk_prob": False, "router_aux_loss_coef": 0.05}
 )
+DEEP = MODEL.model_copy(update={"num_hidden_layers": 8})  # for eight stages; untied, roundings grow in it
 NORMS = MODEL.model_copy(update={"use_qk_norm": True})
 QKV_BIASES = MODEL.model_copy(update={"attention_bias": True, "attention_out_bias": False})
 NORMED_EXPERTS = EXPERTS.model_copy(update={"use_qk_norm": True, "attention_bias": True})
+# What fp8 multiplies are multiples of 16, on four ranks too.
+ALIGNED = MODEL.model_copy(
+    update={"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 2}
+)
+ALIGNED_EXPERTS = EXPERTS.model_copy(
+    update={"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 2}
+    | {"moe_intermediate_size": 32}
+)
 MODELS = {
     "dense": MODEL,
+    "deep": DEEP,
     "norms": NORMS,
     "qkv biases": QKV_BIASES,
     "experts": EXPERTS,
     "normed experts": NORMED_EXPERTS,
     "softmax": SOFTMAX,
+    "aligned": ALIGNED,
+    "aligned experts": ALIGNED_EXPERTS,
 }
 BIAS_RATE = 0.01
 TIED = MODEL.model_copy(update={"tie_word_embeddings": True})
@@ -61,18 +76,25 @@ class Case:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    cp: int = 1
     zero: int = 3
     sp: bool = True
+    way: str = "gather"  # of cp
     schedule: str = "1f1b"
+    chunks: int | None = None
+    weight_input: str = "gather"
     tied: bool = False
     recompute: str = "none"
+    offload: bool = False
+    tile: int = 0  # tokens of an MLP at a time
     gathering: str = "step"
     precision: str = "fp32"
-    documents: bool = False
+    documents: bool = False  # four or so in each sample, of lengths that nothing divides
     model_kind: str = "dense"
     ep: int = 1
     rule: str = "sign"
     padded: bool = False  # tokens that only fill up a sample
+    fp8: str = "none"
     uneven: bool = False  # labels that do not count, and weights, unlike in every micro batch
 
     def __str__(self) -> str:
@@ -81,7 +103,7 @@ class Case:
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.pp * self.dp * self.cp
 
     @property
     def rate(self) -> float:
@@ -97,16 +119,22 @@ def run_config(case: Case, optimizer: OptimizerConfig = ADAM, **sections: Any) -
     parallel = ParallelConfig(
         tp_size=case.tp,
         pp_size=case.pp,
+        cp_size=case.cp,
+        context_attention=case.way,
         ep_size=case.ep,
         sequence_parallel=case.sp,
         pipeline_schedule=case.schedule,
+        num_chunks=case.chunks,
+        weight_gradient_input=case.weight_input,
         parameter_gathering=case.gathering,
         recompute=case.recompute,
+        offload_activations=case.offload,
+        mlp_tile_tokens=case.tile,
     )
     data = DataConfig(seq_length=SEQ_LENGTH)
     balancing = BalancingConfig(rule=case.rule, update_rate=BIAS_RATE)
     facts = {"model": case.model, "parallel": parallel, "data": data, "optimizer": optimizer, "seed": SEED}
-    facts |= {"balancing": balancing}
+    facts |= {"balancing": balancing, "fp8": Fp8Config(recipe=case.fp8)}
     return RunConfig(**facts | sections)
 
 
@@ -124,6 +152,13 @@ def deepspeed_config(case: Case, **zero_options: Any) -> DeepSpeedConfig:
     )
 
 
+def deepspeed_of(case: Case, num_micro_batches: int) -> DeepSpeedConfig:
+    """With so many micro batches a step: fewer take less time."""
+    size = {"train_micro_batch_size_per_gpu": BATCH // case.dp // num_micro_batches}
+    whole = deepspeed_config(case)
+    return whole.model_copy(update=size | {"raw": whole.raw | size})
+
+
 def build_trainer(
     rank: int,
     case: Case,
@@ -135,7 +170,11 @@ def build_trainer(
 ) -> StageTrainer:
     run = run_config(case, optimizer, seed=seed, model=model or case.model, lora=lora or LoraConfig())
     context = build_context(run, rank, case.world_size, torch.device("cpu"))
-    return StageTrainer(run, deepspeed_config(case, **zero_options), context)
+    trainer = StageTrainer(run, deepspeed_config(case, **zero_options), context)
+    for chunk in trainer.engine.module:
+        if chunk.lm_head is not None:
+            chunk.lm_head.chunk_logits = 7 * 128  # 7 tokens of a rank's padded vocabulary: the last are fewer
+    return trainer
 
 
 def global_batch(step: int, *, documents: bool = False, uneven: bool = False, padded: bool = False) -> Batch:
@@ -145,8 +184,8 @@ def global_batch(step: int, *, documents: bool = False, uneven: bool = False, pa
     starts = weights = padding = None
     labels = tokens[:, 1:]
     if documents:
-        border = torch.randint(1, SEQ_LENGTH, (BATCH, 1), generator=generator)
-        starts = torch.where(torch.arange(SEQ_LENGTH) >= border, border, 0)
+        begins = torch.rand(BATCH, SEQ_LENGTH, generator=generator) < 0.2
+        starts = torch.where(begins, torch.arange(SEQ_LENGTH), 0).cummax(dim=1).values
     if uneven:
         counted = torch.arange(SEQ_LENGTH) < 1 + 2 * torch.arange(BATCH).unsqueeze(1)  # 1, 3, 5, ... labels
         labels = labels.where(counted, IGNORED)

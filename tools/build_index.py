@@ -6,18 +6,25 @@
 Give it what launchers/pretrain.py is given. The run then finds its indices in `data.cache_dir` (default:
 `cache` beside the first training file) and begins at once. An index is found as long as the files,
 seq_length, split, seed and passes through the data are the same. What is there is checked and left alone.
+Of a run that has checkpoints these are the indices with which it goes on.
 """
 
 import argparse
 import sys
 import time
 import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+from megalite.checkpoint.load import newest_checkpoint, read_state
 from megalite.config.deepspeed import load_deepspeed
 from megalite.config.load import ConfigError, load_run
 from megalite.config.run import RunConfig
 from megalite.data.error import DataError
+from megalite.data.past import Past
 from megalite.error import run_command
+from megalite.training.course import Course
 from megalite.training.samples import build_samples, open_cache
 
 
@@ -43,6 +50,12 @@ def data_parallel_ranks(run: RunConfig, num_ranks: int | None) -> int | None:
     return run.dp_size_of(num_ranks)
 
 
+def newest_state(run: RunConfig) -> tuple[Mapping[str, Any], str]:
+    """That of the checkpoint from which the run would go on, and where it is; empty without one."""
+    folder = newest_checkpoint(Path(run.output_dir)) if run.checkpoint.resume else None
+    return ({}, "") if folder is None else (read_state(folder), str(folder))
+
+
 def build(arguments: argparse.Namespace) -> None:
     """Build what is missing, and say what is there; DataError when it cannot be kept."""
     started = time.perf_counter()
@@ -54,7 +67,11 @@ def build(arguments: argparse.Namespace) -> None:
         hidden_size=run.model.hidden_size,
     )
     cache = open_cache(run)
-    datasets = build_samples(run, deepspeed.train_batch_size, cache, progress=True)
+    state, where = newest_state(run)
+    course = Course.after(state, deepspeed.train_batch_size)
+    num_samples = course.end_of(run.schedule.num_steps + run.guard.most_rollbacks)
+    past = None if run.data.allow_other_data else Past.of(state, where)
+    datasets = build_samples(run, deepspeed.train_batch_size, cache, True, num_samples, past)
     if cache.num_kept < cache.num_built:
         raise DataError(f"{cache.folder}: cannot be written: name another folder as data.cache_dir")
     for part, dataset in datasets._asdict().items():

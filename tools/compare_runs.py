@@ -21,7 +21,7 @@ examples:
   python tools/compare_runs.py runs/before runs/after
   python tools/compare_runs.py runs/one_gpu runs/eight_gpus --tolerance 1e-4
 """
-TIMED = frozenset({"step_seconds", "tokens_per_second", "mfu"})
+TIMED = frozenset({"step_seconds", "tokens_per_second", "mfu", "save_stall_seconds"})
 STEP = "step"
 
 Row = dict[str, float]

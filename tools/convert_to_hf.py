@@ -19,6 +19,7 @@ from megalite.checkpoint.proof import prove
 from megalite.checkpoint.verification import verify_export
 from megalite.checkpoint.weights import DTYPES, Weights
 from megalite.config.model import ModelConfig
+from megalite.config.run import RunConfig
 from megalite.error import run_command
 from megalite.evaluation.card import CARD_FILE, format_card
 from megalite.files import write_text
@@ -26,6 +27,7 @@ from megalite.model.flops import num_parameters
 from megalite.tokenizer.error import TokenizerError
 from megalite.tokenizer.load import load_tokenizer
 from megalite.tokenizer.readback import find_misreading
+from megalite.tokenizer.template import open_template
 from megalite.tokenizer.tokenizer import Tokenizer
 
 EPILOG = """\
@@ -128,13 +130,14 @@ def export_one(
     """Export a checkpoint, which `confirm` may still refuse when all is written."""
     run = read_config(checkpoint)
     tokenizer = open_tokenizer(arguments.tokenizer or run.data.tokenizer, run.model)
+    template = read_chat_template(run, tokenizer)
     dtype = arguments.dtype or "bfloat16"
     weights = Weights(checkpoint, with_end_of_text(run.model, tokenizer), dtype)
     card = format_card(weights)
 
     def add_files(folder: Path) -> None:
         write_text(folder / CARD_FILE, card)
-        save_tokenizer(tokenizer, run.model, folder)
+        save_tokenizer(tokenizer, template, run.model, folder)
         confirm()
 
     with tqdm(total=weights.size_bytes, unit="B", unit_scale=True, desc="writing") as bar:
@@ -156,9 +159,10 @@ def export_one_adapter(
     """Export a checkpoint's adapter, as `export_one` does a model; what was written, in words."""
     run = read_config(checkpoint)
     tokenizer = open_tokenizer(arguments.tokenizer or run.data.tokenizer, run.model)
+    template = read_chat_template(run, tokenizer)
 
     def add_files(folder: Path) -> None:
-        save_tokenizer(tokenizer, run.model, folder)
+        save_tokenizer(tokenizer, template, run.model, folder)
         confirm()
 
     dtype = arguments.dtype or "float32"
@@ -179,12 +183,26 @@ def open_tokenizer(name: str | None, model: ModelConfig) -> Tokenizer | None:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer | None, model: ModelConfig, folder: Path) -> None:
+def read_chat_template(run: RunConfig, tokenizer: Tokenizer | None) -> str | None:
+    """The template that the run was trained with, for its tokenizer; None for the tokenizer's own."""
+    if tokenizer is None or run.data.chat_template is None:
+        return None
+    try:
+        template = open_template(tokenizer, run.data.chat_template)
+    except TokenizerError as error:
+        print(f"warning: without the run's chat template: {error}", file=sys.stderr)
+        return None
+    return template.source if template else None
+
+
+def save_tokenizer(
+    tokenizer: Tokenizer | None, chat_template: str | None, model: ModelConfig, folder: Path
+) -> None:
     """Put the tokenizer into an export, if there is one."""
     if tokenizer is None:
         print("without a tokenizer: name one with --tokenizer to add it", file=sys.stderr)
     else:
-        tokenizer.save(folder, model.max_position_embeddings)
+        tokenizer.save(folder, model.max_position_embeddings, chat_template)
 
 
 def with_end_of_text(model: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:

@@ -85,7 +85,8 @@ def describe() -> str:
 
 
 def _section(key: str, section: type[Section]) -> str:
-    text = f"### `{key}`\n\n{_summary(section)}\n\n{_table(section, list(section.model_fields))}"
+    own = [name for name, field in section.model_fields.items() if section_of(field) is not field.annotation]
+    text = f"### `{key}`\n\n{_summary(section)}\n\n{_table(section, own)}"
     for name, field in section.model_fields.items():
         inner = section_of(field)
         if inner is not None:

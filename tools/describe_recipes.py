@@ -36,6 +36,8 @@ class Layout:
 
 LAYOUTS = {
     "lillm_39m": Layout(1),
+    "lillm_39m_sft": Layout(1),
+    "lillm_39m_dpo": Layout(1),
     "lillm_300m": Layout(1),
     "lightlm_ffn": Layout(1),
     "lightlm_attn": Layout(1),
@@ -61,8 +63,9 @@ START = """\
 ## Start
 
 After `data.train` comes the prefix of the token files ([data](data_format.md)), after `data.tokenizer` the
-folder that goes into exports. On GPUs of 40 GB, add what the last table says is changed.
-[Slurm](slurm.md) tells the rest.
+folder that goes into exports. `lillm_39m_sft` goes on with what `lillm_39m` wrote, `lillm_39m_dpo` with what
+that wrote, on a file of conversations or pairs ([data](fine_tuning.md)). On GPUs of 40 GB, add what the last
+table says is changed. [Slurm](slurm.md) tells the rest.
 """
 
 SIZE = """\
@@ -159,9 +162,21 @@ def recipe_of(name: str, gpu_gib: int) -> Recipe:
     """The run of that name, laid out for such GPUs."""
     layout = LAYOUTS[name]
     overrides = layout.on_40_gb if gpu_gib == 40 else ()
-    run = load_run(str(ROOT / f"configs/runs/{name}.yaml"), list(overrides))
+    run = _with_model(load_run(_file_of(name), list(overrides)))
     deepspeed = load_deepspeed(str(ROOT / f"configs/deepspeed/{name}.json"))
     return Recipe(name, gpu_gib, layout.nodes * GPUS_PER_NODE, overrides, run, deepspeed)
+
+
+def _file_of(name: str) -> str:
+    return str(ROOT / f"configs/runs/{name}.yaml")
+
+
+def _with_model(run: RunConfig) -> RunConfig:
+    """A run that goes on with another, with the model of that; each writes to a folder of its name."""
+    if run.checkpoint.start_from is None:
+        return run
+    start = _with_model(load_run(_file_of(Path(run.checkpoint.start_from).name), []))
+    return run.model_copy(update={"model": start.model})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -194,12 +209,14 @@ def all_recipes() -> list[Recipe]:
 
 def _command(recipe: Recipe) -> str:
     options = f"--job-name={recipe.name} --nodes={recipe.num_gpus // GPUS_PER_NODE}"
-    return f"sbatch {options} slurm/pretrain.sh {recipe.name} data.train=PREFIX data.tokenizer=FOLDER\n"
+    data = "data.train=PREFIX data.tokenizer=FOLDER" if recipe.run.task == "pretrain" else "data.train=FILE"
+    return f"sbatch {options} slurm/pretrain.sh {recipe.name} {data}\n"
 
 
 def _size(recipe: Recipe) -> str:
     steps = recipe.run.schedule.num_steps
-    tokens = recipe.deepspeed.train_batch_size * recipe.run.data.seq_length
+    rows = recipe.deepspeed.train_batch_size * (2 if recipe.run.task == "prefer" else 1)  # two answers
+    tokens = rows * recipe.run.data.seq_length
     model = recipe.run.model
     counts = [num_parameters(model), num_active_parameters(model), tokens, steps, tokens * steps]
     return _row([f"`{recipe.name}`", *(f"{count:,}" for count in counts)])

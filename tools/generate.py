@@ -1,66 +1,52 @@
-"""Continue prompts with the model of a checkpoint, on one device or cut over several."""
+"""Continue prompts or hold a conversation, with a model on one device or cut over several."""
 
 import argparse
 import contextlib
 import io
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from megalite.checkpoint.agreement import Gather, alone, on_all_ranks
-from megalite.checkpoint.load import PLACES, read_config, require_checkpoint
-from megalite.checkpoint.model import load_stage
 from megalite.checkpoint.weights import DTYPES
-from megalite.config.model import ModelConfig
 from megalite.error import UserError, run_command
-from megalite.model.decoding import decode, decoding_context
-from megalite.model.llama import LlamaStage
+from megalite.generation.chat import NEW, converse
+from megalite.generation.conversation import Conversation
+from megalite.generation.inbox import Inbox
+from megalite.generation.place import Place
+from megalite.generation.printer import Printer
+from megalite.generation.prompts import check_prompt, read_prompts
+from megalite.generation.source import SOURCES, Source, open_source
+from megalite.generation.writer import Writer, end_tokens
 from megalite.model.sampling import Sampling
-from megalite.parallel.plan import LayerPlan
-from megalite.tokenizer.continuation import Continuation
 from megalite.tokenizer.error import TokenizerError
 from megalite.tokenizer.load import load_tokenizer
+from megalite.tokenizer.template import ChatTemplate, open_template, shipped_templates
 from megalite.tokenizer.tokenizer import Tokenizer
+from megalite.tokenizer.turn import NO_TURN, TurnEnd, find_turn_end
 from megalite.training.command import end
 from megalite.training.environment import Environment, choose_cpu_accelerator, is_one_of_many
 from megalite.training.processes import run_job
 from megalite.training.world import gather
 
-EPILOG = """\
+EPILOG = f"""\
 The text of one prompt appears as it is made, on standard output; that of several when it is complete, each
 below a line with its prompt. An empty prompt begins a new document. Under deepspeed or torchrun every layer
 is cut over all processes (tensor parallel), each of which reads and holds its part of the weights alone.
+
+With --chat and no --prompt, each line of standard input is a message, and each reply goes on from all that
+was said before; {NEW} as a message begins anew, the end of input (Ctrl-D) ends. A reply ends where the chat
+template ends a turn. When the context is full, the oldest messages are left out.
 
 examples:
   python tools/generate.py --checkpoint runs/default --prompt "def main(" --max-new-tokens 100
   python tools/generate.py --checkpoint runs/default --prompt - --stop "\\n\\n" --temperature 0 < prompts.txt
   deepspeed --num_gpus 2 tools/generate.py --checkpoint runs/default --prompt "def main("
+  python tools/generate.py --checkpoint runs/preferred --chat --system "Be brief."
 """
-STDIN = "-"
-
-
-class PromptError(UserError):
-    """A prompt that the model cannot continue."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """This process among those that share the model."""
-
-    device: torch.device
-    rank: int = 0
-    world_size: int = 1
-    gather: Gather = alone
-
-    @property
-    def is_first(self) -> bool:
-        """Whether it is the one that reads and prints."""
-        return self.rank == 0
 
 
 # The command line
@@ -74,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def start(argv: list[str] | None) -> None:
     """Generate here, or with the other processes of a launch."""
     if not is_one_of_many():
-        arguments = build_parser().parse_args(argv)
+        arguments = parse(argv)
         return generate(arguments, Place(arguments.device))
     environment = Environment.read()
     rank, world_size = environment.rank, environment.world_size
@@ -89,13 +75,25 @@ def start(argv: list[str] | None) -> None:
 def parse_on_rank(argv: list[str] | None, rank: int) -> argparse.Namespace:
     """The arguments; one rank speaks of mistakes for all, since all find the same."""
     if rank == 0:
-        return build_parser().parse_args(argv)
+        return parse(argv)
     try:
         with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-            return build_parser().parse_args(argv)
+            return parse(argv)
     except SystemExit:
         time.sleep(5)  # a launcher ends all ranks when the first one leaves
         raise
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, which go together."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.prompt is None and not arguments.chat:
+        parser.error("one of the arguments --prompt --chat is required")
+    for option, value in (("--system", arguments.system), ("--chat-template", arguments.chat_template)):
+        if value is not None and not arguments.chat:
+            parser.error(f"{option} is of a conversation: say --chat as well")
+    return arguments
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -103,11 +101,13 @@ def build_parser() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=formatter)
     add = parser.add_argument
-    where = f"{PLACES}; of several the newest valid one"
+    where = f"{SOURCES}; of several checkpoints the newest valid one"
     add("--checkpoint", type=Path, required=True, help=where)
+    below = "the model below an adapter of PEFT's format (default: the folder that the adapter names)"
+    add("--base", type=Path, metavar="FOLDER", help=below)
     text = "text to continue, may be repeated; - reads one a line from standard input"
-    add("--prompt", action="append", required=True, help=text)
-    add("--chat", action="store_true", help="prompts are messages of a user, for the chat template to frame")
+    add("--prompt", action="append", help=text)
+    add_chat(parser)
     ending = "text that ends a continuation and is not shown, with \\n for a new line; may be repeated"
     add("--stop", action="append", default=[], type=stop_text, metavar="TEXT", help=ending)
     most = "most tokens to add (default: %(default)s)"
@@ -121,6 +121,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", type=device_here, default=device, help="default here: %(default)s")
     add("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     return parser
+
+
+def add_chat(parser: argparse.ArgumentParser) -> None:
+    """How a model is talked to."""
+    add = parser.add_argument
+    add("--chat", action="store_true", help="prompts, or lines of standard input, are messages of a user")
+    add("--system", metavar="TEXT", help="message of the system, before the first of the user")
+    own = "the run's data.chat_template, else the tokenizer's own"
+    template = f"{', '.join(shipped_templates())}, or a Jinja file (default: {own})"
+    add("--chat-template", metavar="TEMPLATE", help=template)
 
 
 def add_drawing(parser: argparse.ArgumentParser) -> None:
@@ -181,120 +191,88 @@ def device_here(text: str) -> torch.device:
 
 
 def generate(arguments: argparse.Namespace, place: Place) -> None:
-    """Read the model and its tokenizer, and print how the prompts go on; on every rank of the place."""
-    checkpoint = require_checkpoint(
-        arguments.checkpoint,
-        lambda line: print(line, file=sys.stderr),
-        rank=place.rank,
-        world_size=place.world_size,
-        gather=place.gather,
-    )
-    run = read_config(checkpoint)
-    tokenizer = open_tokenizer(arguments.tokenizer or run.data.tokenizer, checkpoint)
-    texts = on_first(place, lambda: read_prompts(arguments.prompt))
-    frame = tokenizer.chat_prompt if arguments.chat else str
-    prompts = [encode_prompt(frame(text), tokenizer, run.model, arguments.max_new_tokens) for text in texts]
-    run.check_tensor_parallel(place.world_size)
-    context = decoding_context(run.model, place.device, place.rank, place.world_size)
-    plan = LayerPlan(context, dtype=DTYPES[arguments.dtype])
-    stage = load_stage(checkpoint, run.model, plan, place.gather)
-    continue_prompts(arguments, stage, tokenizer, prompts, Printer(texts, place.is_first))
-
-
-def open_tokenizer(name: str | None, checkpoint: Path) -> Tokenizer:
-    """The tokenizer by its name. TokenizerError when there is none."""
-    if name is None:
-        raise TokenizerError(f"the run of {checkpoint} names no tokenizer: name it with --tokenizer")
-    return load_tokenizer(name)
-
-
-def on_first(place: Place, action: Callable[[], list[str]]) -> list[str]:
-    """What an action gives on the first rank, on every rank."""
-    return place.gather(on_all_ranks(place.gather, lambda: action() if place.is_first else []))[0]
-
-
-def read_prompts(given: Sequence[str]) -> list[str]:
-    """The prompts, with the lines of standard input in the place of "-". PromptError when there are none."""
-    prompts: list[str] = []
-    for text in given:
-        prompts += sys.stdin.read().splitlines() if text == STDIN else [text]
-    if not prompts:
-        raise PromptError("no prompt on standard input: write one a line")
-    return prompts
-
-
-def encode_prompt(text: str, tokenizer: Tokenizer, model: ModelConfig, max_new_tokens: int) -> list[int]:
-    """Token ids of the prompt. Raises PromptError when they and the new ones do not fit into the context."""
-    tokens = tokenizer.encode(text) or [tokenizer.eos_token_id]
-    if max(tokens) >= model.vocab_size:
-        raise PromptError(
-            f"tokenizer {tokenizer.name} gives id {max(tokens)} and the model has {model.vocab_size}: "
-            "name the one that it was trained with (--tokenizer)"
-        )
-    if len(tokens) + max_new_tokens > model.max_position_embeddings:
-        raise PromptError(
-            f"prompt of {len(tokens)} tokens and --max-new-tokens {max_new_tokens} exceed the model's "
-            f"max_position_embeddings {model.max_position_embeddings}: shorten one"
-        )
-    return tokens
+    """Read the model and its tokenizer, and write; on every rank of the place."""
+    source = open_source(arguments.checkpoint, arguments.base, tell, place)
+    tokenizer = open_tokenizer(arguments.tokenizer or source.tokenizer, source.path)
+    work = chat if arguments.chat else continue_prompts
+    work(arguments, place, source, tokenizer)
 
 
 def continue_prompts(
-    arguments: argparse.Namespace,
-    stage: LlamaStage,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    printer: "Printer",
+    arguments: argparse.Namespace, place: Place, source: Source, tokenizer: Tokenizer
 ) -> None:
-    """Batch by batch, each until all its texts are complete."""
-    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    generator = torch.Generator(next(stage.parameters()).device).manual_seed(arguments.seed)
-    ends = end_tokens(stage.config, tokenizer)
-    for first in range(0, len(prompts), arguments.batch_size):
-        batch = prompts[first : first + arguments.batch_size]
-        texts = [Continuation(tokenizer, ends, arguments.stop) for _ in batch]
-        for tokens in decode(stage, batch, arguments.max_new_tokens, sampling, generator):
-            for text, token in zip(texts, tokens, strict=True):
-                text.add(token)
-            printer.show(texts)
-            if all(text.is_complete for text in texts):
-                break
-        printer.finish(texts)
+    """Print how the prompts go on."""
+    texts = place.from_first(lambda: read_prompts(arguments.prompt, sys.stdin))
+    prompts = [tokenizer.encode(text) or [tokenizer.eos_token_id] for text in texts]
+    for prompt in prompts:
+        check_prompt(prompt, tokenizer.name, source.model, arguments.max_new_tokens)
+    writer = open_writer(arguments, place, source, tokenizer)
+    writer.write_all(prompts, Printer(texts, place.is_first), arguments.batch_size)
 
 
-def end_tokens(model: ModelConfig, tokenizer: Tokenizer) -> set[int]:
-    """What ends a text: the model's own end of text, else its tokenizer's."""
-    if model.eos_token_id is not None:
-        return {model.eos_token_id}
-    return set() if tokenizer.eos_token is None else {tokenizer.eos_token_id}
+def chat(arguments: argparse.Namespace, place: Place, source: Source, tokenizer: Tokenizer) -> None:
+    """Answer each prompt by itself, or where there are none, a conversation on standard input."""
+    template = open_chat_template(tokenizer, arguments.chat_template or source.chat_template)
+    turn_end = find_turn_end(template)
+    conversation = Conversation(template, source.model, arguments.max_new_tokens, arguments.system)
+    if arguments.prompt is None:
+        writer = open_writer(arguments, place, source, tokenizer, turn_end)
+        converse(writer, conversation, Inbox(sys.stdin, ask_for_message), tell, place)
+        if place.is_first and sys.stdin.isatty():
+            tell("")  # the last question has no answer
+        return
+    texts = place.from_first(lambda: read_prompts(arguments.prompt, sys.stdin))
+    # A template may write the date: all ranks go on from what one of them rendered.
+    prompts = place.from_first(lambda: [conversation.begin(text) for text in texts])
+    writer = open_writer(arguments, place, source, tokenizer, turn_end)
+    writer.write_all(prompts, Printer(texts, place.is_first), arguments.batch_size)
 
 
-class Printer:
-    """Prints continuations: that of one prompt as it is made, those of several each below its prompt.
+def open_writer(
+    arguments: argparse.Namespace,
+    place: Place,
+    source: Source,
+    tokenizer: Tokenizer,
+    turn_end: TurnEnd = NO_TURN,
+) -> Writer:
+    """The model in memory, and how it is asked to write."""
+    stage = source.load(arguments.dtype, place)
+    return Writer(
+        stage=stage,
+        tokenizer=tokenizer,
+        sampling=Sampling(arguments.temperature, arguments.top_k, arguments.top_p),
+        generator=torch.Generator(next(stage.parameters()).device).manual_seed(arguments.seed),
+        max_new_tokens=arguments.max_new_tokens,
+        end_tokens=end_tokens(source.model, tokenizer) | turn_end.token_ids,
+        stop_texts=[*arguments.stop, *turn_end.texts],
+    )
 
-    prompts: all of them, in the order in which they come to be complete.
-    speaks: whether this rank is the one that prints.
-    """
 
-    def __init__(self, prompts: Sequence[str], speaks: bool) -> None:
-        self.speaks, self.is_alone = speaks, len(prompts) == 1
-        self._prompts = iter(prompts)
+def open_tokenizer(name: str | None, path: Path) -> Tokenizer:
+    """The tokenizer by its name. TokenizerError when there is none."""
+    if name is None:
+        raise TokenizerError(f"{path} names no tokenizer: name it with --tokenizer")
+    return load_tokenizer(name)
 
-    def show(self, texts: Sequence[Continuation]) -> None:
-        """What is new."""
-        if self.is_alone:
-            self._say(texts[0].news())
 
-    def finish(self, texts: Sequence[Continuation]) -> None:
-        """The rest, when a batch has had all its tokens."""
-        for text in texts:
-            text.end()
-            prompt, rest = next(self._prompts), text.news()
-            self._say(f"{rest}\n" if self.is_alone else f"==> {prompt} <==\n{rest}\n\n")
+def open_chat_template(tokenizer: Tokenizer, name: str | None) -> ChatTemplate:
+    """The template by its name, else the tokenizer's own. TokenizerError when there is none."""
+    template = open_template(tokenizer, name)
+    if template is None:
+        known = f"a Jinja file or one of {', '.join(shipped_templates())}"
+        raise TokenizerError(f"{tokenizer.name} has no chat template: name {known} with --chat-template")
+    return template
 
-    def _say(self, text: str) -> None:
-        if self.speaks:
-            print(text, end="", flush=True)
+
+def ask_for_message() -> None:
+    """Where somebody types messages, say that one is expected."""
+    if sys.stdin.isatty():
+        print("you> ", end="", file=sys.stderr, flush=True)
+
+
+def tell(line: str) -> None:
+    """A line beside the text."""
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A journey through the commands of this repository: each is shown and run, and promises are checked."""
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -52,13 +53,18 @@ class Script:
         self.number, self.title = self.number + 1, title
         say(f"\n[{self.number}/{self.num_stages}] {title}  ({self.clock()})")
 
-    def run(self, command: str, before: str = "", **more: object) -> str:
-        """What a command printed, which is shown too, after `before`. Raises JourneyError when it failed."""
+    def run(
+        self, command: str, before: str = "", stdin: Path | None = None, shows: bool = True, **more: object
+    ) -> str:
+        """What a command printed, which is shown too, after `before`. Raises JourneyError when it failed.
+
+        stdin: a file that the command reads. shows: false for an output that only a program wants to read.
+        """
         values = {**self.values, **more, "port": port_option()}
         words = list(filter(None, (word.format(**values) for word in shlex.split(command))))
-        say(f"$ {shlex.join(words)}")
+        say(f"$ {shlex.join(words)}" + (f" < {shlex.quote(str(stdin))}" if stdin else ""))
         print(before, end="", flush=True)
-        output, status = run_and_show(words, self.environment)
+        output, status = run_and_show(words, self.environment, stdin, shows)
         if status:
             where = f"stage {self.number} of {self.num_stages} ({self.title})"
             raise JourneyError(f"{where}: {words[0]} ended with status {status} and said why above")
@@ -108,17 +114,21 @@ def check_loss_fell(losses: Sequence[float], by_nats: float) -> str:
 # Processes
 
 
-def run_and_show(command: list[str], environment: dict[str, str]) -> tuple[str, int]:
+def run_and_show(
+    command: list[str], environment: dict[str, str], stdin: Path | None = None, shows: bool = True
+) -> tuple[str, int]:
     """(standard output, exit status) of a command, shown as it comes; leaves none of its processes behind."""
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, start_new_session=True
-    )
+    with (ROOT / stdin).open("rb") if stdin else contextlib.nullcontext() as source:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdin=source, stdout=subprocess.PIPE, start_new_session=True
+        )
     assert process.stdout is not None
     output = b""
     try:
         while chunk := os.read(process.stdout.fileno(), 1 << 16):
             output += chunk
-            print(chunk.decode(errors="replace"), end="", flush=True)
+            if shows:
+                print(chunk.decode(errors="replace"), end="", flush=True)
         return output.decode(errors="replace"), process.wait()
     finally:
         process.stdout.close()
@@ -155,7 +165,11 @@ def port_option() -> str:
 
 
 def build_parser(
-    name: str, description: str | None, epilog: str, min_loss_drop: float
+    name: str,
+    description: str | None,
+    epilog: str,
+    min_loss_drop: float,
+    corpus: str = "how much text to read (default: all)",
 ) -> argparse.ArgumentParser:
     """What every journey is asked: where to write, how long to train, on how much text, what to promise."""
     formatter = argparse.RawDescriptionHelpFormatter
@@ -164,7 +178,7 @@ def build_parser(
     where, folder = f"folder to write (default: runs/{name})", ROOT / "runs" / name
     add("--output", type=Path, default=folder, metavar="DIR", help=where)
     add("--steps", type=positive, metavar="N", help="optimizer steps (default: those of the run's YAML)")
-    add("--corpus-bytes", type=positive, metavar="N", help="how much text to read (default: all)")
+    add("--corpus-bytes", type=positive, metavar="N", help=corpus)
     drop = "nats that the loss must fall by, else this fails (default: %(default)s)"
     add("--min-loss-drop", type=float, default=min_loss_drop, metavar="NATS", help=drop)
     return parser

@@ -1,4 +1,4 @@
-"""Draw a run, from its metrics.jsonl: loss, gradient norm, learning rate, speed, and evaluations.
+"""Draw a run, from its metrics.jsonl: loss, gradient norm, learning rate, speed, rewards, and evaluations.
 
 A run with experts becomes a second picture: how busy each expert of each layer was, and their balance.
 """
@@ -6,7 +6,8 @@ A run with experts becomes a second picture: how busy each expert of each layer 
 import argparse
 import json
 import sys
-from itertools import pairwise
+from collections.abc import Callable
+from functools import partial
 from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,13 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from megalite.error import UserError, run_command
+from megalite.measure.expert_load import expert_loads
 from megalite.measure.figure import save_figure
 from megalite.measure.metrics import METRICS_FILE
 
 REQUIRED = ("step", "loss", "grad_norm", "learning_rate", "tokens_per_second")
 BLUE, ORANGE, GREY = "#2563a8", "#d9661f", "#666666"
 EVALUATION = "evaluation/"  # prefix of TASK/METRIC in a row
-MOST_COLUMNS = 200  # of a map of experts: more would be finer than its dots
 MOST_MAPS_ABREAST = 6
 
 
@@ -45,22 +46,22 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def draw(rows: list[dict[str, Any]], title: str) -> Figure:
-    """One figure with four panels over the optimizer steps, and one for each task of an evaluation."""
+    """One figure with four panels over the optimizer steps; two more for pairs, one for each task."""
+    paired = [row for row in rows if "rewards/margins" in row]
     tasks = sorted({name.split("/")[1] for row in rows for name in row if name.startswith(EVALUATION)})
-    num_lines = 2 + ceil(len(tasks) / 2)
+    more: list[Callable[[Axes], None]] = [partial(_draw_task, task=task, rows=rows) for task in tasks]
+    if paired:
+        more = [partial(_draw_rewards, rows=paired), partial(_draw_accuracies, rows=paired), *more]
+    num_lines = 2 + ceil(len(more) / 2)
     figure = Figure(figsize=(11, 3.5 * num_lines), layout="constrained")
     figure.suptitle(title, fontsize=13, fontweight="bold")
     loss, grad_norm, learning_rate, speed, *others = figure.subplots(num_lines, 2, sharex=True).flat
-    for axes, task in zip(others, tasks, strict=False):
-        _draw_task(axes, task, rows)
-    for axes in others[len(tasks) :]:
+    for axes, draw_panel in zip(others, more, strict=False):
+        draw_panel(axes)
+    for axes in others[len(more) :]:
         axes.set_axis_off()
-    _curve(loss, "Loss (nats per token)", rows, "loss", label="train")
-    validated = [row for row in rows if row.get("validation_loss") is not None]
-    if validated:
-        steps, values = _columns(validated, "validation_loss")
-        loss.plot(steps, values, color=ORANGE, marker="o", markersize=4, linewidth=1.2, label="validation")
-        loss.legend(frameon=False)
+    _curve(loss, f"Loss (nats per {'pair' if paired else 'token'})", rows, "loss", label="train")
+    _validated(loss, rows, "loss")
     _curve(grad_norm, "Gradient norm, before clipping", rows, "grad_norm")
     _curve(learning_rate, "Learning rate", rows, "learning_rate", raw_only=True)
     learning_rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -71,6 +72,34 @@ def draw(rows: list[dict[str, Any]], title: str) -> Figure:
     for axes in (others or [loss, grad_norm, learning_rate, speed])[-2:]:
         axes.set_xlabel("optimizer step", color=GREY)
     return figure
+
+
+def _validated(axes: Axes, rows: list[dict[str, Any]], name: str) -> None:
+    """What validation made of a number, where there was any, and which curve is which."""
+    validated = [row for row in rows if f"validation_{name}" in row]
+    if validated:
+        steps, values = _columns(validated, f"validation_{name}")
+        axes.plot(steps, values, color=ORANGE, marker="o", markersize=4, linewidth=1.2, label="validation")
+        axes.legend(frameon=False)
+
+
+def _draw_rewards(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """The mean rewards of both answers of a pair; the space between them is the margin."""
+    steps, chosen = _columns(rows, "rewards/chosen")
+    _, rejected = _columns(rows, "rewards/rejected")
+    axes.fill_between(steps, rejected, chosen, color=GREY, alpha=0.15, label="margin")
+    axes.plot(steps, chosen, color=BLUE, linewidth=1.5, label="chosen")
+    axes.plot(steps, rejected, color=ORANGE, linewidth=1.5, label="rejected")
+    axes.legend(frameon=False)
+    _dress(axes, "Reward of each answer")
+
+
+def _draw_accuracies(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    """Of how many pairs the chosen answer has the larger reward."""
+    title = "Share of pairs whose chosen answer has the larger reward"
+    _curve(axes, title, rows, "rewards/accuracies", label="train")
+    _validated(axes, rows, "rewards/accuracies")
+    axes.set_ylim(0, 1.05)
 
 
 def _draw_task(axes: Axes, task: str, rows: list[dict[str, Any]]) -> None:
@@ -87,7 +116,7 @@ def _draw_task(axes: Axes, task: str, rows: list[dict[str, Any]]) -> None:
 def draw_experts(rows: list[dict[str, Any]], title: str) -> Figure:
     """One figure: on top the balance of the whole model, below a map of each layer's experts.
 
-    Raises PlotError in one line where the rows do not tell of the same experts.
+    Raises ExpertLoadError in one line where the rows do not tell of the same experts.
     """
     edges, loads = expert_loads([row for row in rows if "expert_tokens" in row])
     abreast = min(MOST_MAPS_ABREAST, ceil(1.3 * sqrt(len(loads))))
@@ -99,24 +128,6 @@ def draw_experts(rows: list[dict[str, Any]], title: str) -> Figure:
     _draw_balance(top, [row for row in rows if "expert_largest_violation" in row])
     _draw_maps(bottom, edges, loads, num_lines)
     return figure
-
-
-def expert_loads(
-    rows: list[dict[str, Any]], most_columns: int = MOST_COLUMNS
-) -> tuple[np.ndarray, dict[int, np.ndarray]]:
-    """The edges of columns in optimizer steps [C + 1], and the load of each layer's experts in these [E, C].
-
-    A load is an expert's tokens over the mean of its layer's experts: 1 is balance. Neighbouring rows share a
-    column where there are more of them than `most_columns`.
-    """
-    columns = np.array_split(np.arange(len(rows)), min(len(rows), most_columns))
-    steps = [row["step"] for row in rows]
-    borders = [(steps[left[-1]] + steps[right[0]]) / 2 for left, right in pairwise(columns)]
-    loads = {}
-    for layer, tokens in _tokens_by_layer(rows).items():
-        sums = np.stack([tokens[column].sum(0) for column in columns], axis=1)
-        loads[layer] = sums * len(sums) / np.maximum(sums.sum(0), 1)
-    return np.array([steps[0] - 0.5, *borders, steps[-1] + 0.5]), loads
 
 
 def smoothed(values: list[float], window_steps: float) -> list[float]:
@@ -199,32 +210,6 @@ def _dress(axes: Axes, title: str) -> None:
     axes.tick_params(colors=GREY)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-
-
-def _tokens_by_layer(rows: list[dict[str, Any]]) -> dict[int, np.ndarray]:
-    """layer -> the tokens of its experts in each row, int64 [rows, E]."""
-    found = [_tokens_of(row) for row in rows]
-    first = {layer: tokens.size for layer, tokens in found[0].items()}
-    for row, tokens in zip(rows, found, strict=True):
-        sizes = {layer: array.size for layer, array in tokens.items()}
-        for layer in sorted(sizes | first):
-            if sizes.get(layer) != first.get(layer):
-                raise PlotError(
-                    f"step {row['step']}: {sizes.get(layer, 0)} experts of layer {layer} in expert_tokens, "
-                    f"{first.get(layer, 0)} in step {rows[0]['step']}"
-                )
-    return {layer: np.stack([tokens[layer] for tokens in found]) for layer in sorted(first)}
-
-
-def _tokens_of(row: dict[str, Any]) -> dict[int, np.ndarray]:
-    """layer -> the tokens of its experts in one row, int64 [E]."""
-    try:
-        tokens = {int(layer): np.array(counts) for layer, counts in row["expert_tokens"].items()}
-        if tokens and all(array.ndim == 1 and array.dtype.kind == "i" for array in tokens.values()):
-            return tokens
-    except (AttributeError, ValueError):
-        pass
-    raise PlotError(f"step {row['step']}: expert_tokens is not whole numbers for each expert of each layer")
 
 
 def _draw_balance(figure: SubFigure, rows: list[dict[str, Any]]) -> None:

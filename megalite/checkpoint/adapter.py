@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from megalite.checkpoint.base import base_of
-from megalite.checkpoint.format import CONFIG, WIDEST_DTYPE, CheckpointError, Piece, Region
+from megalite.checkpoint.format import WIDEST_DTYPE, CheckpointError, Piece, Region
 from megalite.checkpoint.load import TensorReader, read_config
 from megalite.config.tuning import LoraConfig
 from megalite.parallel.lora import LORA_A, LORA_B
@@ -35,7 +35,8 @@ def open_weights(checkpoint: Path) -> TensorReader:
         base.check(folder)
         adapters.insert(0, Adapter(TensorReader(folder), read_config(folder).lora.scale))
         folder = base.folder
-    return MergedReader(folder, adapters) if adapters else TensorReader(folder)
+    reader = TensorReader(folder)
+    return MergedReader(reader, adapters) if adapters else reader
 
 
 def is_adapter(name: str) -> bool:
@@ -84,33 +85,38 @@ class Adapter(NamedTuple):
 class MergedReader(TensorReader):
     """Reads the weights and buffers of a base as adapters change them.
 
-    base: the checkpoint of whole weights at the bottom; `adapters`: in the order in which they were trained.
+    base: a reader of whole weights; `adapters`: in the order in which they were trained.
     """
 
-    def __init__(self, base: Path, adapters: Sequence[Adapter]) -> None:
-        super().__init__(base)
-        self.adapters = list(adapters)
+    def __init__(self, base: TensorReader, adapters: Sequence[Adapter]) -> None:
+        super().__init__(base.checkpoint, base.manifest)
+        self.base, self.adapters = base, list(adapters)
         for adapter in adapters:
             self._check_fit(adapter)
 
     def fill(self, pieces: Sequence[Piece], *, first_rank: int = 0) -> None:
         """As of one checkpoint; a piece that adapters change is made in float32, and then rounded."""
         found = [(piece, self._adapters_of(piece.kind, piece.name)) for piece in pieces]
-        super().fill([piece for piece, adapters in found if not adapters], first_rank=first_rank)
+        self.base.fill([piece for piece, adapters in found if not adapters], first_rank=first_rank)
         for piece, adapters in found:
             if adapters and piece.tensor.numel():
                 self._fill_merged(piece, adapters, first_rank)
 
+    def let_go(self) -> None:
+        self.base.let_go()
+        for adapter in self.adapters:
+            adapter.reader.let_go()
+
     @torch.no_grad()
     def _fill_merged(self, piece: Piece, adapters: Sequence[Adapter], first_rank: int) -> None:
         wide = replace(piece, tensor=torch.empty(piece.tensor.shape, dtype=WIDEST_DTYPE))
-        super().fill([wide], first_rank=first_rank)
+        self.base.fill([wide], first_rank=first_rank)
         for adapter in adapters:
             wide.tensor.add_(adapter.product(piece.name, piece.region))
         piece.tensor.copy_(wide.tensor)
 
     def _mapped(self, kind: str, name: str, region: Region) -> torch.Tensor | None:
-        return None if self._adapters_of(kind, name) else super()._mapped(kind, name, region)
+        return None if self._adapters_of(kind, name) else self.base._mapped(kind, name, region)
 
     def _adapters_of(self, kind: str, name: str) -> list[Adapter]:
         return [adapter for adapter in self.adapters if kind == WEIGHT and adapter.has(name)]
@@ -130,7 +136,7 @@ class MergedReader(TensorReader):
             if a is None or b is None or weight != (b[0], a[1]) or a[0] != b[1]:
                 raise CheckpointError(
                     f"{layer} has factors {a} and {b} in {where} and weight {weight} in {self.checkpoint}: "
-                    f"they do not fit, whatever its {CONFIG} says"
+                    "the adapter is of another model"
                 )
 
 

@@ -45,15 +45,20 @@ class Base:
 
         Its other files are not looked at: `find_checkpoint` does that.
         """
+        problem = self.problem()
+        if problem is not None:
+            raise CheckpointError(
+                f"{checkpoint} holds adapters of {self.folder}, whose manifest had sha256 {self.fingerprint} "
+                f"and {problem}: put that checkpoint back, or start another run with output_dir=..."
+            )
+
+    def problem(self) -> str | None:
+        """What its manifest is or has instead; None where it is the one that the adapters were trained on."""
         there = (self.folder / MANIFEST).is_file()
         found = hash_file(self.folder / MANIFEST) if there else None
         if found == self.fingerprint:
-            return
-        state = f"has sha256 {found}" if there else "is absent (sha256 none)"
-        raise CheckpointError(
-            f"{checkpoint} holds adapters of {self.folder}, whose manifest had sha256 {self.fingerprint} and "
-            f"{state}: put that checkpoint back, or start another run with output_dir=..."
-        )
+            return None
+        return f"has sha256 {found}" if there else "is absent (sha256 none)"
 
 
 def base_of(checkpoint: Path) -> Base | None:

@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -28,6 +28,8 @@ from megalite.parallel.shard import ShardSpec
 FORMAT_VERSION = 1
 WIDEST_DTYPE = torch.float32  # of what is stored
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
+REPLACED = ".replaced"  # suffix of a checkpoint whose step is saved again, until that has the name
+VALIDATION_LOSS = "validation_loss"  # in the state: of the very step, where it was measured
 
 Shape = tuple[int, ...]
 
@@ -157,16 +159,25 @@ def rank_file(rank: int) -> str:
 
 def folder_step(folder: Path) -> int | None:
     """The step that a folder is named after; None for any other name (an incomplete one, for example)."""
-    match = re.fullmatch(r"step-(\d{8,})", folder.name)
+    match = re.fullmatch(r"step-(\d{8,})", folder.name.removesuffix(REPLACED))
     return int(match[1]) if match else None
 
 
 def list_steps(root: Path) -> list[int]:
     """The steps that have a folder under `root`, ascending; whether they are valid is not looked at."""
+    return [step for step, folder in step_folders(root).items() if not folder.name.endswith(REPLACED)]
+
+
+def step_folders(root: Path) -> dict[int, Path]:
+    """The folder of each step that has one under `root`, ascending; whether they are valid is not looked at.
+
+    Where a save that replaces a step was interrupted between two names, it is the one that was to go.
+    """
     if not root.is_dir():
-        return []
-    steps = (folder_step(folder) for folder in root.iterdir() if folder.is_dir())
-    return sorted(step for step in steps if step is not None)
+        return {}
+    folders = sorted((folder for folder in root.iterdir() if folder.is_dir()), reverse=True)
+    found = {folder_step(folder): folder for folder in folders}  # a plain name is the last of its step
+    return {step: found[step] for step in sorted(step for step in found if step is not None)}
 
 
 # Manifest
@@ -195,11 +206,14 @@ class Manifest(_Record):
     step: int = Field(description="optimizer steps taken")
     world_size: int = Field(description="ranks that wrote it")
     files: dict[str, FileEntry]
-    tensors: list[TensorEntry]
+    tensors: list[TensorEntry] = []
 
     def shapes(self, kind: str) -> dict[str, Shape]:
         """The full shape of every tensor of a kind, by name."""
         return {entry.name: entry.full_shape for entry in self.tensors if entry.kind == kind}
+
+
+AnyManifest = TypeVar("AnyManifest", bound=Manifest)
 
 
 def format_manifest(manifest: Manifest) -> str:
@@ -210,6 +224,11 @@ def format_manifest(manifest: Manifest) -> str:
 
 def read_manifest(checkpoint: Path) -> Manifest:
     """Raises CheckpointError with the reason when the manifest is missing, damaged or of another version."""
+    return read_manifest_as(Manifest, checkpoint)
+
+
+def read_manifest_as(kind: type[AnyManifest], checkpoint: Path) -> AnyManifest:
+    """The same, of a kind that has more to say."""
     path = checkpoint / MANIFEST
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
@@ -223,7 +242,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     if digest != _digest(body):
         raise CheckpointError(f"{path} does not match its own sha256: it is damaged")
     try:
-        return Manifest.model_validate(body)
+        return kind.model_validate(body)
     except ValidationError as error:
         raise CheckpointError(f"{path} is not a manifest: {error.errors()[0]['msg']}") from None
 

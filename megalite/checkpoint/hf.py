@@ -128,7 +128,7 @@ def import_folder(folder: HFFolder, root: Path, run: RunConfig) -> Path:
     state: dict[str, Any] = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0, "optimizer_steps": 0}
     state |= {IMPORTED_FROM: str(folder.path.resolve())}
     files = {CONFIG: dump_run(run)}
-    return save_checkpoint(root, 0, pieces, state, files, rank=0, world_size=1, gather=alone, keep_last=0)
+    return save_checkpoint(root, 0, pieces, state, files, rank=0, world_size=1, gather=alone)
 
 
 def _piece(part: Part, folder: HFFolder) -> Piece:

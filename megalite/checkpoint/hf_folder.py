@@ -46,7 +46,7 @@ class HFFolder:
     @property
     def tokenizer(self) -> str | None:
         """The folder, as the name of the tokenizer in it, if there is one."""
-        return str(self.path.resolve()) if any((self.path / name).exists() for name in TOKENIZERS) else None
+        return tokenizer_in(self.path)
 
     @cached_property
     def model(self) -> ModelConfig:
@@ -101,6 +101,11 @@ class HFFolder:
             if not file.exists():
                 raise CheckpointError(f"{file} is missing, and {source.name} names it: get it again")
         return files
+
+
+def tokenizer_in(folder: Path) -> str | None:
+    """A folder, as the name of the tokenizer in it, if there is one."""
+    return str(folder.resolve()) if any((folder / name).exists() for name in TOKENIZERS) else None
 
 
 def _map_tensors(file: Path) -> Any:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from megalite.checkpoint.agreement import Gather, alone, on_all_ranks
 from megalite.checkpoint.base import base_of
+from megalite.checkpoint.damage import find_damage
 from megalite.checkpoint.format import (
     CONFIG,
     STATE,
@@ -23,13 +24,12 @@ from megalite.checkpoint.format import (
     Shape,
     check_region,
     folder_step,
-    list_steps,
     rank_file,
     read_manifest,
-    step_folder,
+    step_folders,
 )
 from megalite.checkpoint.reshard import Window, overlaps
-from megalite.checkpoint.tensor_file import TensorFile, hash_file
+from megalite.checkpoint.tensor_file import TensorFile
 from megalite.config.load import load_run
 from megalite.config.run import RunConfig
 
@@ -60,10 +60,11 @@ def find_checkpoint(
     path = Path(path)
     exact = folder_step(path) is not None
     # only rank 0 looks, so that all ranks go through the same folders
-    candidates = gather(on_all_ranks(gather, lambda: _candidates(path) if rank == 0 else []))[0]
+    candidates = gather(on_all_ranks(gather, lambda: checkpoints_at(path) if rank == 0 else []))[0]
     reasons = []
     for folder in candidates:
-        problems = [text for text in gather(_find_damage(folder, rank, world_size)) if text]
+        problem = next(find_damage(folder, rank=rank, world_size=world_size), None)
+        problems = [text for text in gather(problem) if text]
         if not problems:
             _check_base(folder, report, rank=rank, world_size=world_size, gather=gather)
             return folder
@@ -103,46 +104,32 @@ def require_checkpoint(
     checkpoint = find_checkpoint(path, report, rank=rank, world_size=world_size, gather=gather)
     if checkpoint is not None:
         return checkpoint
-    where = f"{setting}: " if setting else ""
+    raise no_checkpoint(path, f"{setting}: " if setting else "")
+
+
+def no_checkpoint(path: Path, where: str = "") -> CheckpointError:
+    """What to raise where there is none."""
     if (Path(path) / "config.json").exists():
-        raise CheckpointError(
+        return CheckpointError(
             f"{where}{path} is a Hugging Face folder: make a checkpoint of it first, with "
             "tools/convert_from_hf.py"
         )
-    raise CheckpointError(f"{where}no checkpoint in {path}: expected {PLACES}")
+    return CheckpointError(f"{where}no checkpoint in {path}: expected {PLACES}")
 
 
 def newest_checkpoint(path: Path) -> Path | None:
     """The newest checkpoint at `path`, valid or not: no file is read. None when there is none."""
-    return next(iter(_candidates(Path(path))), None)
+    return next(iter(checkpoints_at(path)), None)
 
 
-def _candidates(path: Path) -> list[Path]:
+def checkpoints_at(path: Path) -> list[Path]:
+    """Folders of steps at `path`, valid or not, newest first. CheckpointError for one that is not there."""
+    path = Path(path)
     if folder_step(path) is None:
-        root = path if list_steps(path) else path / "checkpoints"
-        return [step_folder(root, step) for step in reversed(list_steps(root))]
+        return list(reversed((step_folders(path) or step_folders(path / "checkpoints")).values()))
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint {path}")
     return [path]
-
-
-def _find_damage(folder: Path, rank: int, world_size: int) -> str | None:
-    """What is wrong with this rank's share of the files; None when nothing is."""
-    try:
-        manifest = read_manifest(folder)
-        if manifest.step != folder_step(folder):
-            return f"its manifest is of step {manifest.step}"
-        for name, entry in list(manifest.files.items())[rank::world_size]:
-            size_bytes = (folder / name).stat().st_size
-            if size_bytes != entry.size_bytes:
-                return f"{name} has {size_bytes} bytes, {entry.size_bytes} were written"
-            if hash_file(folder / name) != entry.sha256:
-                return f"{name} does not match its sha256"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (CheckpointError, OSError) as error:
-        return str(error)
-    return None
 
 
 # What is in it
@@ -198,12 +185,13 @@ def load_pieces(
 class TensorReader:
     """Reads logical tensors out of one checkpoint; each file is opened once, when needed, and kept.
 
+    manifest: what the checkpoint holds, if not what its own says.
     shapes: the full shape of each tensor, by (kind, name).
     """
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, manifest: Manifest | None = None) -> None:
         self.checkpoint = Path(checkpoint)
-        self.manifest: Manifest = read_manifest(self.checkpoint)
+        self.manifest = manifest or read_manifest(self.checkpoint)
         self.shapes: dict[tuple[str, str], Shape] = {
             (entry.kind, entry.name): entry.full_shape for entry in self.manifest.tensors
         }
@@ -225,7 +213,7 @@ class TensorReader:
         if dtype:
             mapped = self._mapped(kind, name, Region(start, shape, 0, math.prod(shape)))
             if mapped is not None:
-                return mapped.view(shape).to(dtype)
+                return mapped.reshape(shape).to(dtype)
         box = torch.empty(shape, dtype=dtype or WIDEST_DTYPE)
         self.fill([Piece(name, kind, self._shape(kind, name), start, shape, 0, box.view(-1))])
         return box
@@ -235,7 +223,7 @@ class TensorReader:
         for file in self._nearest_files(0):
             for row in self._table(file).get((kind, name), ()):
                 if row.region == region:
-                    return self._source(file)[row.key]
+                    return _stored(self._source(file), row)
         return None
 
     def check(self, pieces: Iterable[Piece]) -> None:
@@ -295,7 +283,22 @@ class TensorReader:
         for i, piece, rows in found:
             yield i, sum(_copy(self._source(file), row, piece) for row in rows)
 
-    def _source(self, file: str) -> TensorFile:
+    def stored_bytes(self) -> dict[tuple[str, str], dict[torch.dtype, int]]:
+        """How many bytes of each tensor are in the files, by the dtype that they have there."""
+        found: dict[tuple[str, str], dict[torch.dtype, int]] = {}
+        for file in self._nearest_files(0):
+            table, source = self._table(file), TensorFile(self.checkpoint / file)
+            for key, rows in table.items():
+                sizes = found.setdefault(key, {})
+                for tensor in (_stored(source, row) for row in rows):
+                    sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+        return found
+
+    def let_go(self) -> None:
+        """Close the files: what was read of them no longer counts as memory of the process."""
+        self._sources.clear()
+
+    def _source(self, file: str) -> Mapping[str, torch.Tensor]:
         if file not in self._sources:
             self._sources[file] = TensorFile(self.checkpoint / file)
         return self._sources[file]
@@ -334,12 +337,24 @@ def read_piece_table(path: Path) -> list[PieceRow]:
     return table
 
 
-def _copy(source: TensorFile, row: PieceRow, piece: Piece) -> int:
+def _stored(source: Mapping[str, torch.Tensor], row: PieceRow) -> torch.Tensor:
+    """The flat tensor of a row. Raises CheckpointError where the file's header and its table disagree."""
+    flat = source.get(row.key)
+    if flat is None or flat.numel() != row.region.size:
+        found = "nothing" if flat is None else f"shape {list(flat.shape)}"
+        raise CheckpointError(
+            f"{row.kind} {row.name}: {row.key} has {row.region.size} elements by its file's table, and by "
+            f"its header {found}: the file is damaged"
+        )
+    return flat.reshape(-1)
+
+
+def _copy(source: Mapping[str, torch.Tensor], row: PieceRow, piece: Piece) -> int:
     """Copy what a file's tensor and a live piece have in common; the number of elements."""
     pairs = overlaps(row.region, piece.region)
     if not pairs:
         return 0
-    flat = source[row.key]
+    flat = _stored(source, row)
     return sum(_view(piece.tensor, here).copy_(_view(flat, there)).numel() for there, here in pairs)
 
 

@@ -68,7 +68,7 @@ def import_megatron(folder: MegatronFolder, root: Path, run: RunConfig) -> Path:
         raise CheckpointError(f"there is {name}, which the model does not have: describe it (--model-config)")
     state = {"step": 0, "consumed_samples": 0, "consumed_tokens": 0, "optimizer_steps": 0}
     files = {CONFIG: dump_run(run)}
-    return save_checkpoint(root, 0, pieces, state, files, rank=0, world_size=1, gather=alone, keep_last=0)
+    return save_checkpoint(root, 0, pieces, state, files, rank=0, world_size=1, gather=alone)
 
 
 def _stages(folder: MegatronFolder, model: ModelConfig) -> list[Stage]:

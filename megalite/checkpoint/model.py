@@ -1,7 +1,7 @@
 """The model of a checkpoint in memory: megalite's own, whole or a rank's part, or transformers'."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from megalite.checkpoint.adapter import open_weights
 from megalite.checkpoint.agreement import Gather, alone, on_all_ranks
 from megalite.checkpoint.format import CheckpointError, Piece
 from megalite.checkpoint.hf_config import hf_config
-from megalite.checkpoint.load import load_pieces, read_config, require_checkpoint
+from megalite.checkpoint.load import TensorReader, load_pieces, read_config, require_checkpoint
 from megalite.checkpoint.weights import DTYPES, Weights
 from megalite.config.model import ModelConfig
 from megalite.model.llama import LlamaStage
+from megalite.parallel.draws import Box
 from megalite.parallel.plan import LayerPlan
 from megalite.parallel.shard import spec_of, state_buffers
 
@@ -40,12 +41,19 @@ def megalite_logits(stage: LlamaStage, tokens: torch.Tensor) -> torch.Tensor:
     return stage(None, Batch(tokens)).transpose(0, 1)[..., : stage.config.vocab_size]
 
 
-def load_stage(checkpoint: Path, model: ModelConfig, plan: LayerPlan, gather: Gather = alone) -> LlamaStage:
+def load_stage(
+    checkpoint: Path,
+    model: ModelConfig,
+    plan: LayerPlan,
+    gather: Gather = alone,
+    open_reader: Callable[[Path], TensorReader] = open_weights,
+) -> LlamaStage:
     """This rank's part of a checkpoint's model, for evaluation, on the device and in the dtype of the plan.
 
     No more than this part is read or held; adapters are merged into it.
 
     gather: by which all ranks of the plan load together.
+    open_reader: what reads `checkpoint`, which may be another folder of weights then.
 
     Raises CheckpointError, on all ranks, when the model does not fit the checkpoint, or a weight the dtype.
     """
@@ -62,15 +70,15 @@ def load_stage(checkpoint: Path, model: ModelConfig, plan: LayerPlan, gather: Ga
         rank=plan.context.rank,
         gather=gather,
         ignore_other_kinds=True,
-        open_reader=open_weights,
+        open_reader=open_reader,
     )
     on_all_ranks(gather, lambda: _check_range(pieces))
     return stage.to(plan.context.device)
 
 
-def _to_be_filled(name: str, full_shape: tuple[int, ...]) -> torch.Tensor:
-    """Zeros that take no memory, of which each rank keeps its part."""
-    return torch.zeros(()).expand(full_shape)
+def _to_be_filled(name: str, full_shape: tuple[int, ...], box: Box | None = None) -> torch.Tensor:
+    """Zeros of this rank's part."""
+    return torch.zeros([part.stop - part.start for part in box] if box else full_shape)
 
 
 def _check_range(pieces: Sequence[Piece]) -> None:

@@ -143,6 +143,7 @@ class PeftFolder:
 
     Attributes:
         path: of the folder.
+        base: name or folder of the model that it belongs to, if it says one.
         lora: what it says, with the targets of its tensors.
         tensors: its factors by our names, mapped.
 
@@ -153,6 +154,7 @@ class PeftFolder:
         self.path = Path(path)
         config = self._read_config()
         _check_options(config, self.path / ADAPTER_CONFIG)
+        self.base: str | None = config.get("base_model_name_or_path")
         self.tensors = self._map_tensors()
         targets = {name.removesuffix(f".{LORA_A}").split(".")[-1] for name in self.tensors if LORA_A in name}
         try:

@@ -10,6 +10,7 @@ The format is 8 bytes of header length (little-endian), a JSON header, then the 
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
@@ -56,6 +57,12 @@ def write_text_file(path: Path, text: str) -> FileEntry:
     return _write_hashed(path, [text.encode()])
 
 
+def copy_file(source: Path, path: Path) -> FileEntry:
+    """Write and sync a copy of a file; its size and the sha256 of what was read."""
+    with source.open("rb", buffering=0) as file:
+        return _write_hashed(path, _file_blocks(file))
+
+
 def _write_hashed(path: Path, blocks: Iterable[Block]) -> FileEntry:
     digest = hashlib.sha256()
     size_bytes = _write(path, blocks, digest.update)
@@ -98,17 +105,20 @@ def _header(entries: list[Entry], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def hash_file(path: Path) -> str:
-    """The sha256 of a file, in hex."""
+def hash_file(path: Path, *watch: Callable[[Block], object]) -> str:
+    """The sha256 of a file, in hex; others may watch its blocks go by."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
-        stream(_file_blocks(file), digest.update)
+        stream(_file_blocks(file), digest.update, *watch)
     return digest.hexdigest()
 
 
 def _file_blocks(file: FileIO) -> Iterator[Block]:
-    """What a file holds, in buffers that are filled again once the block is used."""
-    for buffer in cycle([bytearray(BLOCK_BYTES) for _ in range(MAX_BLOCKS)]):
+    """What a file holds, in buffers that are filled again once the block is used; no more than it needs."""
+    num_bytes = os.fstat(file.fileno()).st_size
+    block_bytes = max(1, min(BLOCK_BYTES, num_bytes))
+    num_blocks = min(MAX_BLOCKS, num_bytes // block_bytes + 1)
+    for buffer in cycle([bytearray(block_bytes) for _ in range(num_blocks)]):
         size_bytes = file.readinto(buffer)
         if not size_bytes:
             return

@@ -51,6 +51,15 @@ OWNED_BY_RUN = {
 }
 
 
+# Ways of DeepSpeed to take less memory that its own optimizers alone know.
+NOT_SUPPORTED = (
+    *(f"zero_optimization.{n}" for n in ("offload_optimizer", "offload_param", "cpu_offload", "zenflow")),
+    "bf16.bf16_master_weights_and_grads",
+    "bf16.bf16_optimizer_states",
+    "fp16.fp16_master_weights_and_grads",
+)
+
+
 AUTO = "auto"  # what Hugging Face's users write where something else decides
 KEEP_IN_FP32 = "data_types.keep_in_fp32_modules"
 DEFAULT_CLIPPING = 1.0  # DeepSpeed's, and what Hugging Face's trainer puts in place of "auto"
@@ -155,6 +164,7 @@ def deepspeed_config_from(
     except ValidationError as error:
         raise ConfigError(explain(error, default=f"in {where}")) from None
     _check_decided(config.raw, where)
+    _check_memory(config.raw, where)
     if dp_size is not None:
         config.num_micro_batches(dp_size)  # raises when they do not fit
     return config
@@ -204,6 +214,17 @@ def _check_decided(value: Any, where: str, key: str = "") -> None:
         value = {str(index): item for index, item in enumerate(value)}
     for name, inner in value.items() if isinstance(value, dict) else ():
         _check_decided(inner, where, f"{key}.{name}" if key else name)
+
+
+def _check_memory(raw: dict[str, Any], where: str) -> None:
+    """Raise ConfigError for state elsewhere than beside the weights, or in another format than fp32."""
+    for key in NOT_SUPPORTED:
+        value = _lookup(raw, key)
+        if value and value != {"device": "none"}:
+            raise ConfigError(
+                f"{key} is {json.dumps(value)} in {where}: masters and moments are fp32, on the device of "
+                "the weights: remove it, and use more ranks or parallel.recompute where memory is short"
+            )
 
 
 def _check_owners(raw: dict[str, Any], path: str, run_path: str) -> None:

@@ -1,10 +1,13 @@
 """A run as a value: everything that decides what is trained, except what the DeepSpeed JSON owns."""
 
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from megalite.config.fp8 import Fp8Config
 from megalite.config.model import ModelConfig
+from megalite.config.muon import NOT_WITH_MUON, MuonConfig
 from megalite.config.section import (
     ConfigError,
     NonNegativeFloat,
@@ -20,6 +23,14 @@ class ParallelConfig(Section):
     """How the model is spread over ranks; data parallelism takes what remains of the world."""
 
     tp_size: PositiveInt = Field(1, description="Ranks that share each layer (tensor parallelism).")
+    cp_size: PositiveInt = Field(
+        1, description="Ranks that each sample's sequence is cut over (context parallelism)."
+    )
+    context_attention: Literal["gather", "ring", "heads"] = Field(
+        "gather",
+        description="How these attend to each other's keys and values: all gathered (fast), going round a "
+        "ring (small), or whole sequences for a part of the heads each (all-to-all).",
+    )
     pp_size: PositiveInt = Field(1, description="Stages that the layers are cut into (pipeline parallelism).")
     ep_size: PositiveInt = Field(
         1, description="Data-parallel ranks that share each layer's experts (expert parallelism); ZeRO-3."
@@ -27,14 +38,72 @@ class ParallelConfig(Section):
     sequence_parallel: bool = Field(
         True, description="Whether activations between layers are cut over tp along the sequence."
     )
-    pipeline_schedule: Literal["1f1b", "afab"] = Field(
-        "1f1b", description="Order of a stage's work: one forward one backward, or all forward all backward."
+    pipeline_schedule: Literal["1f1b", "afab", "interleaved", "zb-h1", "zbv"] = Field(
+        "1f1b",
+        description="Order of a stage's work: one forward one backward, all forward all backward, 1F1B over "
+        "several chunks, or without waiting by a split backward, in one chunk (ZB-H1) or two (ZBV).",
+    )
+    num_chunks: PositiveInt | None = Field(
+        None,
+        description="Chunks of layers per rank; null means 2 for interleaved and zbv, 1 for others.",
+    )
+    weight_gradient_input: Literal["gather", "keep"] = Field(
+        "gather",
+        description="Split backward, sequence parallelism: inputs that were gathered over tp are gathered "
+        "again for the weights' gradients, or kept until then (tp_size times the memory).",
     )
     parameter_gathering: Literal["step", "micro_batch"] = Field(
         "step", description="ZeRO-3: gather a stage's parameters once per step (fast) or micro batch (small)."
     )
     recompute: Literal["none", "selective", "full"] = Field(
         "none", description="Activations computed again in backward: none, attention only, or whole layers."
+    )
+    offload_activations: bool = Field(
+        False,
+        description="Recompute full: whether the inputs of layers wait for backward in host memory.",
+    )
+    mlp_tile_tokens: NonNegativeInt = Field(
+        0,
+        description="Tokens that go through a feed-forward layer at a time, for samples so long that its "
+        "inner activations would not fit; backward computes each tile again. 0 means all at once.",
+    )
+
+    @model_validator(mode="after")
+    def _what_waits_is_the_input_of_layers(self) -> Self:
+        if self.offload_activations and self.recompute != "full":
+            raise ValueError(
+                f"offload_activations keeps the inputs of layers, and recompute {self.recompute!r} keeps "
+                "more: set parallel.recompute=full"
+            )
+        return self
+
+
+class KernelConfig(Section):
+    """What computes the parts of a layer; `auto` is what serves the device best, told when the run starts."""
+
+    attention: Literal["auto", "blocks", "sdpa", "flex"] = Field(
+        "auto",
+        description="Batched products on blocks of rows (fastest on a CPU), torch's "
+        "scaled_dot_product_attention, or on a GPU FlexAttention where there are documents.",
+    )
+    attention_kept_tokens: NonNegativeInt | None = Field(
+        None,
+        description="Blocks: the longest sample, in tokens, whose attention probabilities are kept for "
+        "backward, which computes those of longer ones again; null means short ones, where they take about "
+        "as much memory as the other activations.",
+    )
+    norm: Literal["auto", "rows", "torch"] = Field(
+        "auto", description="RMSNorm in few passes over memory (fastest on a CPU), or torch's rms_norm."
+    )
+
+
+class MemoryConfig(Section):
+    """What a process keeps of the memory that it lets go of."""
+
+    mapped_block_mib: NonNegativeInt = Field(
+        4,
+        description="CPU: blocks of memory of so many MiB and more go back to the system when freed; 0 "
+        "leaves glibc its own rule, which is faster with small models, and holds several times as much.",
     )
 
 
@@ -75,7 +144,8 @@ class DataConfig(Section):
     )
     allow_other_data: bool = Field(
         False,
-        description="Whether to resume from a checkpoint that was trained on other data or in another order.",
+        description="Whether to resume from a checkpoint even where its place in these data is not known, as "
+        "if the run had read them from its beginning.",
     )
 
     @field_validator("train", "validation", mode="before")
@@ -107,14 +177,23 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with decoupled weight decay (arXiv 1711.05101)."""
+    """AdamW with decoupled weight decay (arXiv 1711.05101), or Muon for matrices and AdamW for the rest."""
 
-    name: Literal["adamw"] = Field("adamw", description="Optimizer.")
+    name: Literal["adamw", "muon"] = Field("adamw", description="Optimizer.")
     learning_rate: PositiveFloat = Field(1e-3, description="Highest learning rate, reached after warm-up.")
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient's running mean, per step.")
     beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the squared gradient's mean, per step.")
     epsilon: PositiveFloat = Field(1e-8, description="Added to the root of the squared gradient's mean.")
     weight_decay: NonNegativeFloat = Field(0.1, description="Decay of the weights, per unit learning rate.")
+    muon: MuonConfig = Field(default_factory=MuonConfig, description="Settings of Muon alone.")
+
+    @model_validator(mode="after")
+    def _muon_is_used(self) -> Self:
+        if self.name != "muon" and self.muon != MuonConfig():
+            raise ValueError(
+                f"name {self.name!r} has no use for the settings of muon: set name=muon, or remove them"
+            )
+        return self
 
 
 class BalancingConfig(Section):
@@ -162,7 +241,120 @@ class CheckpointConfig(Section):
         "weights a run begins that has no checkpoint of its own; null means random weights.",
     )
     keep_last: NonNegativeInt = Field(2, description="Number of newest checkpoints to keep; 0 means all.")
+    keep_every_steps: NonNegativeInt = Field(
+        0, description="Those of steps that this divides are kept as well; 0 means none."
+    )
+    keep_best: NonNegativeInt = Field(
+        0, description="Number of checkpoints with the lowest validation loss to keep as well."
+    )
     save_at_end: bool = Field(True, description="Whether to save after the last step.")
+    asynchronous: bool = Field(
+        True,
+        description="Whether training goes on while a checkpoint is written, from a copy in host memory.",
+    )
+    local_dir: str | None = Field(
+        None,
+        description="Folder on each node's own disk in which a checkpoint is complete first, before it is "
+        "copied to RUN_DIR/checkpoints; null means that it is written there at once.",
+    )
+    shared_every_saves: PositiveInt = Field(
+        1,
+        description="Of the saves in local_dir, how many there are for one that is copied; the first of a "
+        "job is, and so is the newest when the job ends or RUN_DIR/save asks for it.",
+    )
+    on_failure: Literal["continue", "stop"] = Field(
+        "continue",
+        description="What a checkpoint that cannot be written does to the run; where the last one cannot, "
+        "the run ends with exit status 74 in any case.",
+    )
+
+    @model_validator(mode="after")
+    def _others_stay_beside_the_newest(self) -> Self:
+        if not self.keep_last and (self.keep_every_steps or self.keep_best):
+            raise ValueError("keep_last 0 keeps all: set it, or neither keep_every_steps nor keep_best")
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_not_shared_is_local(self) -> Self:
+        if self.shared_every_saves > 1 and self.local_dir is None:
+            raise ValueError(
+                f"shared_every_saves is {self.shared_every_saves} and local_dir is null: say where the "
+                "others go with checkpoint.local_dir, or set shared_every_saves to 1"
+            )
+        return self
+
+
+class GuardConfig(Section):
+    """Steps that are not taken: those whose loss or gradient norm is no number, and spikes."""
+
+    max_skipped_in_a_row: NonNegativeInt = Field(
+        3, description="Steps that may be skipped one after another; one more ends the run."
+    )
+    spike_sigma: NonNegativeFloat = Field(
+        0.0,
+        description="A spike is a loss or norm above the mean of the last steps by so many standard "
+        "deviations; 0 means that no number is one.",
+    )
+    window_steps: PositiveInt = Field(64, description="Steps that a spike is measured against.")
+    on_spike: Literal["skip", "roll_back"] = Field(
+        "skip",
+        description="Whether such a step is skipped, or the run goes back to its newest checkpoint and "
+        "leaves the samples of that step out.",
+    )
+    max_rollbacks: NonNegativeInt = Field(
+        3, description="How often a run may go back; then such steps are skipped."
+    )
+    check_copies_every_steps: NonNegativeInt = Field(
+        0,
+        description="Steps between comparisons of all state that several ranks hold, bit by bit; 0 means "
+        "never. A difference ends the run and names rank and tensor.",
+    )
+
+    @property
+    def most_rollbacks(self) -> int:
+        """How many batches the run may come to leave out."""
+        return self.max_rollbacks if self.on_spike == "roll_back" else 0
+
+
+class StopConfig(Section):
+    """What ends a run before its last step, with a checkpoint and exit status 75; signals do so always."""
+
+    after_minutes: PositiveFloat | None = Field(
+        None, description="Minutes after the start of the job; null means none."
+    )
+    after_starts: NonNegativeInt = Field(
+        0,
+        description="Starts in a row that came to no newer checkpoint, after which the run is not started "
+        "again (exit status 93); 0 means any number.",
+    )
+
+
+class WatchConfig(Section):
+    """When a rank counts as hanging: then RUN_DIR/stacks gets all stacks, and the job ends with status 76.
+
+    0 seconds watch for nothing. A limit but for start-up grows with what a place has taken so far.
+    """
+
+    stopped_seconds: NonNegativeFloat = Field(
+        60.0,
+        description="Seconds in which nothing is heard of a rank that is stopped, or whose node is; more of "
+        "them with more than 5,000 ranks.",
+    )
+    step_seconds: NonNegativeFloat = Field(
+        300.0,
+        description="Seconds without progress while a step reads its data, goes forward and backward, or is "
+        "in the optimizer; less than the timeouts of the collectives, which blame who waits.",
+    )
+    factor: NonNegativeFloat = Field(
+        10.0, description="Times the longest stay so far that a place is allowed, where that is more."
+    )
+    start_up_seconds: NonNegativeFloat = Field(
+        3600.0, description="Seconds without progress until the first step is done; silence is allowed too."
+    )
+    saving_seconds: NonNegativeFloat = Field(1800.0, description="Seconds that saving may take.")
+    evaluation_seconds: NonNegativeFloat = Field(
+        3600.0, description="Seconds that a batch of a validation, or an evaluation on tasks, may take."
+    )
 
 
 class LoggingConfig(Section):
@@ -187,6 +379,11 @@ class LoggingConfig(Section):
     evaluate_limit: PositiveInt | None = Field(
         None, description="Examples of each task that are used, the first ones; null means all."
     )
+    timeline_at_step: NonNegativeInt = Field(
+        0,
+        description="Step whose timeline each rank records to RUN_DIR/timeline-rankR.json, for "
+        "`tools/plot_timeline.py`; 0 means none.",
+    )
     tensorboard: bool = Field(True, description="Whether to write TensorBoard files.")
     progress_bar: bool = Field(True, description="Whether to draw a progress bar.")
     peak_tflops_per_device: PositiveFloat | None = Field(
@@ -204,6 +401,9 @@ class RunConfig(Section):
     )
     model: ModelConfig = Field(default_factory=ModelConfig, description="Shape of the model.")
     parallel: ParallelConfig = Field(default_factory=ParallelConfig, description="Layout over ranks.")
+    kernels: KernelConfig = Field(default_factory=KernelConfig, description="What computes layers.")
+    fp8: Fp8Config = Field(default_factory=Fp8Config, description="Products of linear layers in 8 bits.")
+    memory: MemoryConfig = Field(default_factory=MemoryConfig, description="Memory of processes.")
     data: DataConfig = Field(default_factory=DataConfig, description="Source of the tokens.")
     lora: LoraConfig = Field(default_factory=LoraConfig, description="Adapters in place of weights.")
     preference: PreferenceConfig = Field(default_factory=PreferenceConfig, description="Loss on pairs.")
@@ -211,6 +411,9 @@ class RunConfig(Section):
     balancing: BalancingConfig = Field(default_factory=BalancingConfig, description="Load of experts.")
     schedule: ScheduleConfig = Field(default_factory=ScheduleConfig, description="Length and learning rate.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="Saving.")
+    guard: GuardConfig = Field(default_factory=GuardConfig, description="Steps that are not taken.")
+    stop: StopConfig = Field(default_factory=StopConfig, description="Ending early.")
+    watch: WatchConfig = Field(default_factory=WatchConfig, description="Ranks that hang.")
     logging: LoggingConfig = Field(default_factory=LoggingConfig, description="Measuring and showing.")
     seed: NonNegativeInt = Field(
         1234, le=2**32 - 1, description="Seed of the initial weights and of the data's order."
@@ -224,6 +427,26 @@ class RunConfig(Section):
             raise ValueError(
                 f"balancing.rule 'quantile' has no choice: every token goes to all {experts} experts: "
                 "set balancing.rule=none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _muon_has_no_adapters(self) -> Self:
+        if self.optimizer.name == "muon" and self.lora.rank:
+            raise ValueError(
+                f"optimizer.name 'muon' steps whole matrices and lora.rank {self.lora.rank} trains factors "
+                "of what is added to them: set optimizer.name=adamw, or lora.rank=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _the_best_is_known(self) -> Self:
+        saved, validated = self.checkpoint.save_every_steps, self.logging.validate_every_steps
+        if self.checkpoint.keep_best and (not validated or saved % validated):
+            raise ValueError(
+                f"checkpoint.keep_best {self.checkpoint.keep_best} needs a validation at each step that is "
+                f"saved, and checkpoint.save_every_steps {saved} is no multiple of "
+                f"logging.validate_every_steps {validated}: make it one, or set checkpoint.keep_best=0"
             )
         return self
 
@@ -250,25 +473,54 @@ class RunConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _tiles_have_no_scales(self) -> Self:
+        if self.fp8.recipe != "none" and self.parallel.mlp_tile_tokens:
+            raise ValueError(
+                f"parallel.mlp_tile_tokens {self.parallel.mlp_tile_tokens} would scale each tile by itself "
+                f"under fp8.recipe {self.fp8.recipe}, and so change the numbers: set it to 0, or "
+                "fp8.recipe=none"
+            )
+        return self
+
+    @property
+    def rows_per_sample(self) -> int:
+        """Rows of `data.seq_length` tokens in a sample: a pair of answers is two."""
+        return 2 if self.task == "prefer" and not self.has_mismatched_rows else 1
+
+    @property
+    def has_mismatched_rows(self) -> bool:
+        """Whether beside each row goes one that is not learnt, of the same prompt and another's answer."""
+        return self.task == "prefer" and self.preference.loss == "kto"
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """What the model computes of each sample, padding included."""
+        return self.rows_per_sample * self.data.seq_length
+
     def dp_size_of(self, world_size: int) -> int:
         """Data-parallel ranks among `world_size`; ConfigError where the model does not fit on those."""
-        tp_size, pp_size = self.parallel.tp_size, self.parallel.pp_size
-        if world_size % (tp_size * pp_size):
+        tp_size, pp_size, cp_size = self.parallel.tp_size, self.parallel.pp_size, self.parallel.cp_size
+        model_ranks = tp_size * pp_size * cp_size
+        if world_size % model_ranks:
             processes = "1 process" if world_size == 1 else f"{world_size} processes"
+            sizes = {"tp_size": tp_size, "pp_size": pp_size} | ({"cp_size": cp_size} if cp_size > 1 else {})
+            named = " x ".join(f"{name} {size}" for name, size in sizes.items())
             raise ConfigError(
-                f"{processes} cannot be divided into tp_size {tp_size} x pp_size {pp_size}: "
-                f"start a multiple of {tp_size * pp_size}, or change parallel.tp_size or parallel.pp_size"
+                f"{processes} cannot be divided into {named}: "
+                f"start a multiple of {model_ranks}, or change {' or '.join(f'parallel.{n}' for n in sizes)}"
             )
         self.check_tensor_parallel(tp_size)
         self._check_experts(world_size // (tp_size * pp_size))
         self._check_sequence(tp_size)
+        self._check_context()
         layers = self.model.num_hidden_layers
         if layers < pp_size:
             raise ConfigError(
                 f"parallel.pp_size {pp_size} exceeds model.num_hidden_layers {layers}: "
                 f"use at most {layers} stages"
             )
-        return world_size // (tp_size * pp_size)
+        return world_size // model_ranks
 
     def check_tensor_parallel(self, tp_size: int) -> None:
         """ConfigError where the model's layers cannot be cut over so many ranks."""
@@ -308,6 +560,55 @@ class RunConfig(Section):
                 "all gradients are averaged over one group: use stage 3, or parallel.ep_size=1"
             )
 
+    def check_zero_options(self, raw: Mapping[str, Any]) -> None:
+        """Raise ConfigError for options of ZeRO with which DeepSpeed 0.19.8 is silently wrong.
+
+        raw: the DeepSpeed JSON.
+        """
+        options = raw.get("zero_optimization") or {}
+        if options.get("round_robin_gradients") and options.get("stage") in (1, 2):
+            raise ConfigError(
+                "zero_optimization.round_robin_gradients puts parameters in another order, and DeepSpeed's "
+                "record of where they lie in the old one, so that checkpoints would have one's weights under "
+                "another's name: remove it from the DeepSpeed JSON"
+            )
+        size = options.get("zero_hpz_partition_size", 1)
+        axes = {name: getattr(self.parallel, name) for name in ("tp_size", "pp_size", "ep_size")}
+        others = [f"parallel.{name} {number}" for name, number in axes.items() if number > 1]
+        if size > 1 and others:
+            raise ConfigError(
+                f"zero_optimization.zero_hpz_partition_size {size} groups neighbouring ranks, which under "
+                f"{others[0]} hold other parts of the model: remove it from the DeepSpeed JSON"
+            )
+
+    def check_optimizer(self, raw: Mapping[str, Any]) -> None:
+        """Raise ConfigError where the optimizer does not go with the model, or with DeepSpeed's options.
+
+        raw: the DeepSpeed JSON.
+        """
+        if self.optimizer.name != "muon":
+            return
+        for section, names in NOT_WITH_MUON.items():
+            stated = raw.get(section) or {}
+            for name in names:
+                if stated.get(name) and stated[name] != {"device": "none"}:
+                    raise ConfigError(
+                        f"optimizer.name 'muon' needs fp32 masters on the device of the weights, and the "
+                        f"DeepSpeed JSON has {section}.{name}: remove it, or set optimizer.name=adamw"
+                    )
+        threshold = self.optimizer.muon.qk_clip
+        if threshold is not None and self.parallel.cp_size > 1:
+            raise ConfigError(
+                f"optimizer.muon.qk_clip {threshold:g} looks at whole sequences and parallel.cp_size is "
+                f"{self.parallel.cp_size}: set optimizer.muon.qk_clip=null, or parallel.cp_size=1"
+            )
+        others = [name for name in ("use_qk_norm", "attention_bias") if getattr(self.model, name)]
+        if threshold is not None and others:
+            raise ConfigError(
+                f"optimizer.muon.qk_clip {threshold:g} scales the weights of queries and model.{others[0]} "
+                "is true, which the logits also depend on: set optimizer.muon.qk_clip=null"
+            )
+
     def _check_sequence(self, tp_size: int) -> None:
         seq_length, longest = self.data.seq_length, self.model.max_position_embeddings
         if seq_length > longest:
@@ -315,8 +616,32 @@ class RunConfig(Section):
                 f"data.seq_length {seq_length} exceeds model.max_position_embeddings {longest}: "
                 f"shorten the samples or lengthen the context"
             )
-        if self.parallel.sequence_parallel and seq_length % tp_size:
+        cp_size = self.parallel.cp_size
+        if cp_size > 1 and seq_length % (2 * cp_size):
             raise ConfigError(
-                f"data.seq_length {seq_length} is not divisible by parallel.tp_size {tp_size}: "
+                f"data.seq_length {seq_length} is not divisible by {2 * cp_size}, 2 chunks for each of "
+                f"parallel.cp_size {cp_size} ranks: use a multiple of {2 * cp_size}"
+            )
+        if self.parallel.sequence_parallel and seq_length // cp_size % tp_size:
+            of_rank = f" / parallel.cp_size {cp_size}" if cp_size > 1 else ""
+            raise ConfigError(
+                f"data.seq_length {seq_length}{of_rank} is not divisible by parallel.tp_size {tp_size}: "
                 f"change one, or set parallel.sequence_parallel=false"
             )
+
+    def _check_context(self) -> None:
+        """Where heads are exchanged for the sequence, each rank needs as many."""
+        tp_size, cp_size = self.parallel.tp_size, self.parallel.cp_size
+        if self.parallel.context_attention != "heads" or cp_size == 1:
+            return
+        queries = self.model.num_attention_heads // tp_size
+        keys = max(1, self.model.num_key_value_heads // tp_size)
+        fits = {"num_attention_heads": (queries, queries % cp_size == 0)}
+        fits["num_key_value_heads"] = keys, keys % cp_size == 0 or cp_size % keys == 0
+        for name, (heads, does_fit) in fits.items():
+            if not does_fit:
+                raise ConfigError(
+                    f"model.{name} makes {heads} on each of parallel.tp_size {tp_size} ranks, which "
+                    f"parallel.cp_size {cp_size} does not divide: choose another cp_size, or "
+                    "parallel.context_attention=gather"
+                )

@@ -38,14 +38,28 @@ class LoraConfig(Section):
 
 
 class PreferenceConfig(Section):
-    """How pairs of answers, a chosen and a rejected one, become a loss."""
+    """How pairs of answers, a chosen and a rejected one, or answers that are good or bad become a loss."""
 
-    loss: Literal["dpo", "simpo"] = Field(
+    loss: Literal["dpo", "simpo", "kto"] = Field(
         "dpo",
-        description="DPO against the weights that the run starts with (arXiv 2305.18290), or SimPO, with "
-        "mean log-probabilities and no reference (arXiv 2405.14734).",
+        description="DPO against the weights that the run starts with (arXiv 2305.18290); SimPO, with "
+        "mean log-probabilities and no reference (arXiv 2405.14734); or KTO, of answers without pairs, "
+        "against the weights of the start too (arXiv 2402.01306).",
     )
     beta: PositiveFloat = Field(0.1, description="Scale of the log-probabilities within the loss.")
     margin: NonNegativeFloat = Field(
         0.0, description="SimPO: by how much a chosen answer's reward is to exceed a rejected one's."
     )
+    desirable_weight: PositiveFloat = Field(1.0, description="KTO: weight of answers that are desirable.")
+    undesirable_weight: PositiveFloat = Field(1.0, description="KTO: weight of those that are not.")
+
+    @model_validator(mode="after")
+    def _options_are_of_the_loss(self) -> Self:
+        losses = {"margin": "simpo", "desirable_weight": "kto", "undesirable_weight": "kto"}
+        for name, loss in losses.items():
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if self.loss != loss and value != default:
+                raise ValueError(
+                    f"{name} {value} belongs to loss {loss}, and loss is {self.loss}: remove one"
+                )
+        return self

@@ -1,7 +1,9 @@
 """Several datasets mixed by weight, in the order of Megatron-core."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -67,8 +69,13 @@ def blend_by_weight(weights: Sequence[float], num_samples: int, progress: bool =
     their sum as `num_samples`, each dataset is used up exactly at the end: the terms sum to 0, so the maximum
     is never below 0, where a used-up dataset stands. Megatron's "exhaustive" order is therefore this one.
     """
-    choose = _choose_of_few if len(weights) <= _FEW else _choose_of_many
-    shares, used = normalize(weights), np.zeros(len(weights))
+    return blend_by_share(normalize(weights), num_samples, progress)
+
+
+def blend_by_share(shares: np.ndarray, num_samples: int, progress: bool = False) -> np.ndarray:
+    """The same, of weights that are normalised: a further division might change their last bit."""
+    choose = _choose_of_few if len(shares) <= _FEW else _choose_of_many
+    used = np.zeros(len(shares))
     chosen = np.empty(num_samples, np.int16)
     blocks = range(0, num_samples, _BLOCK)
     for start in tqdm(blocks, desc="blend", unit="block", delay=2, leave=False, disable=not progress):
@@ -110,12 +117,31 @@ def positions_within(chosen: np.ndarray, num_datasets: int) -> np.ndarray:
     return positions
 
 
+@dataclass(frozen=True)
+class Before:
+    """What a run had read when its blend began.
+
+    read: samples of each dataset of the blend. former: of each dataset that has no part in it any more, what
+        was recorded of it (`describe_data`), with the samples `read` of it.
+    """
+
+    read: tuple[int, ...]
+    former: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def samples(self) -> int:
+        """In all: the place in the run's data at which the blend begins."""
+        return sum(self.read) + sum(row["read"] for row in self.former)
+
+
 class BlendedDataset:
     """`num_samples` samples of several datasets mixed by weight; `dataset[i]` is i64 [seq_length + 1].
 
     With a cache, the order is kept there and found again.
 
-    Raises DataError when the order asks a dataset for more samples than it holds.
+    before: what came before them: then they count on from there, each dataset from its next unread sample.
+
+    Raises DataError when the order asks a dataset for more samples than it holds, and for a sample of before.
     """
 
     def __init__(
@@ -125,10 +151,13 @@ class BlendedDataset:
         num_samples: int,
         cache: IndexCache | None = None,
         progress: bool = False,
+        before: Before | None = None,
     ) -> None:
         if not 0 < len(datasets) <= MAX_DATASETS:
             raise DataError(f"data: expected 1 to {MAX_DATASETS} datasets in a blend, found {len(datasets)}")
         self.datasets, self.weights = tuple(datasets), normalize(weights).tolist()
+        self.before = before or Before((0,) * len(datasets))
+        self._first = self.before.samples
         made_from = {"kind": "blend", "weights": self.weights, "num_samples": num_samples}
 
         def build() -> Arrays:
@@ -140,8 +169,8 @@ class BlendedDataset:
         self._check_sizes()
 
     def _check_sizes(self) -> None:
-        asked = np.bincount(self.dataset_index, minlength=len(self.datasets)).tolist()
-        for dataset, count in zip(self.datasets, asked, strict=True):
+        asked = np.bincount(self.dataset_index, minlength=len(self.datasets)) + self.before.read
+        for dataset, count in zip(self.datasets, asked.tolist(), strict=True):
             if count > len(dataset):
                 prefix = dataset.indexed.prefix
                 remedy = "ask for fewer samples, or give it more weight than a rounding error"
@@ -155,7 +184,7 @@ class BlendedDataset:
         return tuple(dataset.indexed for dataset in self.datasets)
 
     def __len__(self) -> int:
-        return len(self.dataset_index)
+        return self._first + len(self.dataset_index)
 
     def __getitem__(self, position: int) -> np.ndarray:
         dataset, within = self._locate(position)
@@ -169,4 +198,11 @@ class BlendedDataset:
     def _locate(self, position: int) -> tuple[GPTDataset, int]:
         if not 0 <= position < len(self):
             raise IndexError(f"blended sample {position} of {len(self)}")
-        return self.datasets[self.dataset_index[position]], int(self.sample_index[position])
+        index = position - self._first
+        if index < 0:
+            raise DataError(
+                f"sample {position} is of data that the run has left after {self._first} samples: start the "
+                "run again, so that it changes its data where its newest checkpoint stands"
+            )
+        number = self.dataset_index[index]
+        return self.datasets[number], self.before.read[number] + int(self.sample_index[index])

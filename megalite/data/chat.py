@@ -1,4 +1,4 @@
-"""Sources of conversations, or of pairs, to the samples of a run: the one entrance.
+"""Sources of conversations, pairs or single answers to the samples of a run: the one entrance.
 
 conversations = open_chat("conversations", ["chat.jsonl"], tokenizer, template, seq_length=2048)
 samples = conversations.samples(order, count=1000)
@@ -8,10 +8,9 @@ loader = ChatLoader(samples, global_batch_samples=..., ...)
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from megalite.data.blend import parse_blend
-from megalite.data.chat_samples import ChatSamples
+from megalite.data.chat_samples import ChatSamples, Kind, sequences_of
 from megalite.data.conversation import Encoder, RecordEncoder, Template
 from megalite.data.error import DataError
 from megalite.data.packing import SampleOrder
@@ -19,32 +18,29 @@ from megalite.data.prepared import PreparedSource, open_prepared
 from megalite.data.rows import open_rows
 from megalite.data.tables import HUB
 
-Kind = Literal["conversations", "pairs"]
 Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class ChatData:
-    """Sources with their tokens: of conversations (sequences_per_item 1), or of pairs (2)."""
+    """Sources with their tokens."""
 
     sources: tuple[PreparedSource, ...]
     weights: tuple[float, ...] | None
-    sequences_per_item: int
+    kind: Kind
 
     def __len__(self) -> int:
-        """Conversations or pairs."""
-        return sum(len(source) for source in self.sources) // self.sequences_per_item
+        """Conversations, pairs or answers."""
+        return sum(len(source) for source in self.sources) // sequences_of(self.kind)
 
     def samples(self, order: SampleOrder, count: int | None) -> ChatSamples:
         """`count` samples, in as many epochs as they take; None for one epoch, which takes no weights.
 
-        Raises DataError when pairs are to be packed, or one epoch has weights.
+        Raises DataError when pairs or single answers are to be packed, or one epoch has weights.
         """
-        if order.packing and self.sequences_per_item > 1:
-            raise DataError("pairs cannot share samples: set data.packing=false")
-        return ChatSamples(
-            self.sources, self.weights, order, count, sequences_per_item=self.sequences_per_item
-        )
+        if order.packing and self.kind != "conversations":
+            raise DataError("answers that are compared cannot share samples: set data.packing=false")
+        return ChatSamples(self.sources, self.weights, order, count, kind=self.kind)
 
     def once(self, seq_length: int, multiple_of: int = 1) -> ChatSamples:
         """Each conversation or pair in a sample of its own, in order, whatever the weights.
@@ -53,7 +49,7 @@ class ChatData:
         """
         order = SampleOrder(seq_length, seed=0, packing=False, shuffle=False)
         count = -(-len(self) // multiple_of) * multiple_of
-        return ChatSamples(self.sources, None, order, count, sequences_per_item=self.sequences_per_item)
+        return ChatSamples(self.sources, None, order, count, kind=self.kind)
 
 
 def open_chat(
@@ -67,7 +63,7 @@ def open_chat(
     report: Report | None = None,
     progress: bool = False,
 ) -> ChatData:
-    """Sources of conversations, or of pairs of a chosen and a rejected answer; prepared once, then found.
+    """Sources of conversations, pairs of answers, or answers with a label; prepared once, then found.
 
     sources: files, folders or hf:NAME, or weight and source in turn.
     cache_dir: None for `cache` beside the first source, or in the current folder where that is on the Hub.
@@ -84,11 +80,12 @@ def open_chat(
         "template": template and template.fingerprint,
         "seq_length": seq_length,
     }
+    encode = {"conversations": encoder.conversation, "pairs": encoder.pair, "unpaired": encoder.unpaired}
     opened = []
     for name in names:
         source = open_prepared(
             open_rows(name),
-            encoder.conversation if kind == "conversations" else encoder.pair,
+            encode[kind],
             made_from=made_from,
             vocab_size=tokenizer.vocab_size,
             cache_dir=folder,
@@ -97,7 +94,7 @@ def open_chat(
         opened.append(source)
         if report:
             report(source.summary())
-    return ChatData(tuple(opened), tuple(weights) if weights else None, 1 if kind == "conversations" else 2)
+    return ChatData(tuple(opened), tuple(weights) if weights else None, kind)
 
 
 def cache_beside_source(name: str) -> Path:

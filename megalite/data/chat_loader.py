@@ -1,12 +1,13 @@
 """Conversations and pairs to the micro batches of one data-parallel rank."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from megalite.batch import Batch
-from megalite.data.chat_samples import ChatSamples
+from megalite.data.chat_samples import ChatSamples, SampleRow
 from megalite.data.error import DataError
 from megalite.data.loader import SampleLoader
 
@@ -26,19 +27,31 @@ class ChatLoader(SampleLoader):
 
     def __init__(self, dataset: ChatSamples, *, references: np.ndarray | None = None, **slices: Any) -> None:
         super().__init__(dataset, **slices)
-        expected = (dataset.num_items, dataset.sequences_per_item)
-        if references is not None and (references.shape != expected or expected[1] != 2):
-            raise DataError(f"references: expected {list(expected)} of pairs, found {list(references.shape)}")
-        self.references = references
+        expected = (self.num_references, 2)
+        if references is not None and (references.shape != expected or dataset.kind == "conversations"):
+            raise DataError(
+                f"references: expected {list(expected)} of pairs or answers, found "
+                f"{list(references.shape)} of {dataset.kind}"
+            )
+        self.references = None if references is None else references.astype(np.float32)
+
+    @property
+    def num_references(self) -> int:
+        """Rows that `references` has."""
+        return self.dataset.num_items
 
     def _read(self, positions: range) -> Batch:
-        rows = [row for position in positions for row in self.dataset.rows(position)]
-        parts = {name: np.stack([getattr(row, name) for row in rows]) for name in rows[0]._fields}
+        batch = self._batch([row for position in positions for row in self.dataset.rows(position)], positions)
+        if self.references is None:
+            return batch
+        items = np.concatenate([self.dataset.items(position) for position in positions])
+        return replace(batch, references=torch.from_numpy(self.references[items].reshape(-1)))
+
+    def _batch(self, rows: list[SampleRow], positions: range) -> Batch:
+        parts = {name: np.stack([getattr(row, name) for row in rows]) for name in SampleRow._fields}
         if self.reads_tokens:
             self._check_ids(parts["input_ids"], positions)
         else:
             del parts["input_ids"], parts["labels"]
-        if self.references is not None:
-            items = np.concatenate([self.dataset.items(position) for position in positions])
-            parts["references"] = self.references[items].astype(np.float32).reshape(-1)
-        return Batch(**{name: torch.from_numpy(part) for name, part in parts.items()})
+        fields: dict[str, Any] = {name: torch.from_numpy(part) for name, part in parts.items()}
+        return Batch(**fields)

@@ -1,4 +1,4 @@
-"""Samples of conversations and of pairs, in the order in which a run reads them.
+"""Samples of conversations, of pairs and of single answers, in the order in which a run reads them.
 
 A sample is a row of `seq_length` tokens: whole sequences one after another, then padding. What is learnt of a
 sequence are labels, one token on; no label crosses from one sequence to another.
@@ -6,7 +6,7 @@ sequence are labels, one token on; no label crosses from one sequence to another
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,14 @@ from megalite.data.packing import Bins, SampleOrder, draw
 from megalite.data.prepared import PreparedSource
 
 PADDING_ID = 0  # any id that every vocabulary has: nothing attends to it and nothing is learnt of it
+
+
+Kind = Literal["conversations", "pairs", "unpaired"]
+
+
+def sequences_of(kind: Kind) -> int:
+    """In an item: a pair is two."""
+    return 2 if kind == "pairs" else 1
 
 
 class SampleRow(NamedTuple):
@@ -50,10 +58,10 @@ class SampleRow(NamedTuple):
 
 
 class ChatSamples:
-    """Rows by position, drawn from sources of conversations, or of pairs.
+    """Rows by position, drawn from sources of conversations, of pairs, or of answers with a label.
 
     weights: one per source, or None for all sources as one. count: of samples, None for one epoch.
-    sequences_per_item: 1 for conversations, 2 for pairs, which are never packed.
+    kind: of an item; pairs and answers are never packed.
 
     Attributes: bins, the items of each sample; an item is counted on from source to source.
     """
@@ -65,10 +73,10 @@ class ChatSamples:
         order: SampleOrder,
         count: int | None,
         *,
-        sequences_per_item: int = 1,
+        kind: Kind = "conversations",
     ) -> None:
-        self.sources, self.weights, self.order = tuple(sources), weights, order
-        self.sequences_per_item = sequences_per_item
+        self.sources, self.weights, self.order, self.kind = tuple(sources), weights, order, kind
+        self.sequences_per_item = sequences_per_item = sequences_of(kind)
         lengths = [np.asarray(one.tokens.sequence_lengths, np.int64)[::sequences_per_item] for one in sources]
         self._ends = np.cumsum([len(one) for one in lengths])
         self.bins: Bins = draw(lengths, weights, order, count)
@@ -92,6 +100,19 @@ class ChatSamples:
         found = [self._sequences(int(item)) for item in self.items(position)]
         return [SampleRow.of(row, self.order.seq_length) for row in zip(*found, strict=True)]
 
+    def mismatched(self, position: int, other: int) -> SampleRow:
+        """The prompt of one single answer with the answer of another, cut at the end where it is too long."""
+        prompt, answer = (self._sequences(int(self.items(p)[0]))[0] for p in (position, other))
+        cuts = (slice(None, first_learnt(prompt)), slice(first_learnt(answer), None))
+        joined = [np.concatenate([of[cuts[0]], to[cuts[1]]]) for of, to in zip(prompt, answer, strict=True)]
+        ids, is_learnt = (part[: self.order.seq_length] for part in joined)
+        return SampleRow.of([(ids, is_learnt)], self.order.seq_length)
+
+    def is_desirable(self, position: int) -> bool:
+        """Whether a sample is an answer to be given, and not one to be avoided."""
+        source, index = self._place(int(self.items(position)[0]))
+        return source.is_desirable(index)
+
     @cached_property
     def description(self) -> list[dict[str, Any]]:
         """Per source what decides its samples and their order, for checkpoints."""
@@ -105,9 +126,19 @@ class ChatSamples:
         ]
 
     def _sequences(self, item: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        source, first = self._place(item)
+        return [source.sequence(first + i) for i in range(self.sequences_per_item)]
+
+    def _place(self, item: int) -> tuple[PreparedSource, int]:
+        """The source of an item, and its first sequence there."""
         source = int(np.searchsorted(self._ends, item, side="right"))
         first = (item - int(self._ends[source - 1] if source else 0)) * self.sequences_per_item
-        return [self.sources[source].sequence(first + i) for i in range(self.sequences_per_item)]
+        return self.sources[source], first
+
+
+def first_learnt(sequence: tuple[np.ndarray, np.ndarray]) -> int:
+    """Where the prompt of a sequence ends."""
+    return int(sequence[1].argmax())
 
 
 class ChatDatasets(NamedTuple):

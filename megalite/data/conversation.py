@@ -5,6 +5,7 @@
     text                        all of it is learnt
     prompt, chosen, rejected    a pair of answers: texts, or messages
     chosen, rejected            a pair of whole conversations, or texts, whose common beginning is the prompt
+    prompt, completion, label   an answer by itself, and whether it is desirable
 
 A message is {"role": ..., "content": ...}. Texts get the end of text, which is learnt; conversations end as
 their template ends them.
@@ -47,17 +48,18 @@ class Template(Protocol):
 
 
 class Learnt(NamedTuple):
-    """A sequence of token ids, and per token whether it is learnt."""
+    """A sequence of token ids, per token whether it is learnt, and whether that is to be said or avoided."""
 
     ids: list[int]
     is_learnt: list[bool]
+    is_desirable: bool = True
 
 
 @dataclass(frozen=True)
 class RecordEncoder:
-    """Turns records into sequences of at most `seq_length` tokens: one of a conversation, two of a pair.
+    """Turns records into sequences of at most `seq_length` tokens: two of a pair, one of any other.
 
-    Both raise UnusableRecordError for a record that cannot be learnt from, DataError for want of a template.
+    All raise UnusableRecordError for a record that cannot be learnt from, DataError for want of a template.
     """
 
     tokenizer: Encoder
@@ -90,6 +92,17 @@ class RecordEncoder:
             prompt, chosen, rejected = _split_prompt(chosen, rejected)
         sides = (("chosen", chosen), ("rejected", rejected))
         return [self._checked(self._answer(prompt, answer, name)) for name, answer in sides]
+
+    def unpaired(self, row: Row) -> list[Learnt]:
+        """The one sequence of a record with `prompt`, `completion` and `label`."""
+        if not {"prompt", "completion", "label"} <= row.keys():
+            raise _no_columns(row, "prompt, completion and label")
+        _refuse_tools(row)
+        label = row["label"]
+        if not isinstance(label, bool):
+            raise UnusableRecordError("label that is neither true nor false", f"found {_kind(label)}")
+        found = self._checked(self._answer(row["prompt"], row["completion"], "completion"))
+        return [found._replace(is_desirable=label)]
 
     def _answer(self, prompt: Any, answer: Any, name: str) -> Learnt:
         if isinstance(prompt, str) and isinstance(answer, str):

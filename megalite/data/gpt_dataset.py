@@ -6,6 +6,9 @@ first of sample j + 1. The samples are shuffled in turn (shuffle index). When le
 is needed, it is kept apart in both shuffles: the epochs before it are drawn completely before it begins.
 
 All draws come from one `numpy.random.RandomState(seed)`, a stream that NumPy keeps frozen.
+
+The order depends on the number of epochs. A run that goes on keeps the number that it began with; should it
+come to need more samples than those hold, single epochs follow, the k-th drawn by `RandomState([seed, k])`.
 """
 
 import re
@@ -70,7 +73,11 @@ def plan_epochs(epoch_tokens: int, seq_length: int, num_samples: int | None) -> 
 
 
 def build_sample_index(
-    lengths: np.ndarray, bounds: tuple[int, int], seq_length: int, epochs: Sequence[int], seed: int
+    lengths: np.ndarray,
+    bounds: tuple[int, int],
+    seq_length: int,
+    epochs: Sequence[int],
+    seed: int | Sequence[int],
 ) -> SampleIndex:
     """Index the samples of sequences [begin, end), which hold tokens, over groups of epochs."""
     num_sequences, num_epochs = bounds[1] - bounds[0], sum(epochs)
@@ -119,8 +126,11 @@ class GPTDataset:
     """Samples of seq_length + 1 tokens from the sequences [begin, end) of an indexed dataset.
 
     `dataset[i]` is i64 [seq_length + 1]: inputs are `[:-1]`, labels `[1:]`. There are at least `num_samples`,
-    or one epoch when it is None. `split` only names the part in messages. With a cache, the index is kept
+    or one epoch when it is None. `split` only names the part in messages. With a cache, the indices are kept
     there and found again.
+
+    epochs: those that the order began with, by group, in place of what `num_samples` takes; where they hold
+        fewer samples, single epochs follow.
 
     Raises DataError when the part holds too few tokens.
     """
@@ -134,6 +144,7 @@ class GPTDataset:
         bounds: tuple[int, int] | None = None,
         split: str = "train",
         cache: IndexCache | None = None,
+        epochs: Sequence[int] | None = None,
     ) -> None:
         self.indexed, self.seq_length, self.seed, self.split = indexed, seq_length, seed, split
         self.bounds = bounds = (0, len(indexed)) if bounds is None else bounds
@@ -152,8 +163,10 @@ class GPTDataset:
             raise DataError(
                 f"{indexed.prefix}: {split} split is empty: {found}: change data.split or add data"
             )
-        self.epochs = plan_epochs(self.epoch_tokens, seq_length, num_samples)
-        self.index = self._build_index() if cache is None else self._cached_index(cache)
+        self.epochs = tuple(epochs or plan_epochs(self.epoch_tokens, seq_length, num_samples))
+        self.index = self._index(self.epochs, seed, cache)
+        num_single = self._count_single_epochs(num_samples or 0)
+        self.single_epochs = [self._index((1,), [seed, k], cache) for k in range(1, num_single + 1)]
         if num_samples is None and len(self) == 0:
             needed = f"one sample needs {seq_length + 1} tokens, found {self.epoch_tokens}"
             raise DataError(
@@ -168,7 +181,12 @@ class GPTDataset:
     @property
     def num_epochs(self) -> int:
         """How often the sequences are passed through."""
-        return sum(self.epochs)
+        return sum(self.epochs) + len(self.single_epochs)
+
+    @property
+    def epoch_samples(self) -> int:
+        """Samples of a single epoch."""
+        return (self.epoch_tokens - 1) // self.seq_length
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -181,16 +199,33 @@ class GPTDataset:
             "seed": self.seed,
         }
 
-    def _build_index(self) -> SampleIndex:
-        lengths = self.indexed.sequence_lengths
-        return build_sample_index(lengths, self.bounds, self.seq_length, self.epochs, self.seed)
+    def _count_single_epochs(self, num_samples: int) -> int:
+        """How many must follow the first epochs, for so many samples in all."""
+        missing = num_samples - len(self.index.shuffle)
+        if missing <= 0:
+            return 0
+        if not self.epoch_samples:
+            needed = f"one sample needs {self.seq_length + 1} tokens, an epoch has {self.epoch_tokens}"
+            raise DataError(
+                f"{self.indexed.prefix}: {self.split}: {missing} samples are to follow the epochs that the "
+                f"run began with, and {needed}: add data, or give the run its former length"
+            )
+        return -(-missing // self.epoch_samples)
 
-    def _cached_index(self, cache: IndexCache) -> SampleIndex:
-        arrays = cache.get({"kind": "samples", **self.fingerprint}, lambda: self._build_index()._asdict())
-        return SampleIndex(**arrays)
+    def _index(
+        self, epochs: Sequence[int], seed: int | Sequence[int], cache: IndexCache | None
+    ) -> SampleIndex:
+        def build() -> SampleIndex:
+            lengths = self.indexed.sequence_lengths
+            return build_sample_index(lengths, self.bounds, self.seq_length, epochs, seed)
+
+        if cache is None:
+            return build()
+        made_from = {"kind": "samples", **self.fingerprint, "epochs": list(epochs), "seed": seed}
+        return SampleIndex(**cache.get(made_from, lambda: build()._asdict()))
 
     def __len__(self) -> int:
-        return len(self.index.shuffle)
+        return len(self.index.shuffle) + len(self.single_epochs) * self.epoch_samples
 
     def __getitem__(self, position: int) -> np.ndarray:
         sequences, start, stop = self._locate(position)
@@ -216,6 +251,10 @@ class GPTDataset:
         """The sequences of a sample, the first token used in the first of them, and the end of its inputs."""
         if not 0 <= position < len(self):
             raise IndexError(f"{self.indexed.prefix}: {self.split} sample {position} of {len(self)}")
-        sample = int(self.index.shuffle[position])
-        (first, start), (last, stop) = self.index.samples[sample : sample + 2].tolist()
-        return self.index.documents[first : last + 1].tolist(), start, stop
+        index, beyond = self.index, position - len(self.index.shuffle)
+        if beyond >= 0:
+            epoch, position = divmod(beyond, self.epoch_samples)
+            index = self.single_epochs[epoch]
+        sample = int(index.shuffle[position])
+        (first, start), (last, stop) = index.samples[sample : sample + 2].tolist()
+        return index.documents[first : last + 1].tolist(), start, stop

@@ -34,6 +34,7 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {
     code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()
 }
+FINGERPRINT_IDS = 1 << 14  # at either end of a file
 _ROWS_AT_ONCE = 1 << 22  # rows of an index that are checked in one go, so that memory stays flat
 
 
@@ -115,6 +116,12 @@ class IndexedDataset:
         """What tells this data apart from other data: the sizes of both files and the index's SHA-256."""
         digest = hashlib.sha256(self._index.data).hexdigest()
         return {"bin_bytes": self.tokens.nbytes, "idx_bytes": len(self._index), "idx_sha256": digest}
+
+    @cached_property
+    def ids_sha256(self) -> str:
+        """Of the first and the last ids: files with sequences of the same lengths seldom share them."""
+        ends = (self.tokens[:FINGERPRINT_IDS], self.tokens[-FINGERPRINT_IDS:])
+        return hashlib.sha256(b"".join(np.asarray(ids).tobytes() for ids in ends)).hexdigest()
 
     def _token_offset(self, sequence: int) -> int:
         """Number of tokens before a sequence; `sequence` = S is the end."""

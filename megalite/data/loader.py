@@ -121,7 +121,8 @@ class BatchLoader(SampleLoader):
         if self.mask_documents:
             starts = [self.dataset.document_starts(position) for position in positions]
             parts["document_starts"] = np.stack(starts)
-        return Batch(**{name: torch.from_numpy(part.copy()) for name, part in parts.items()})
+        fields: dict[str, Any] = {name: torch.from_numpy(part.copy()) for name, part in parts.items()}
+        return Batch(**fields)
 
 
 class PreparedBatches:

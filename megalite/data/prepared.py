@@ -2,7 +2,7 @@
 
     FOLDER/KEY/             KEY: SHA-256 of what decides the tokens, as canonical JSON; no path
         tokens.bin .idx     ids of each sequence; a pair is two sequences, chosen and rejected
-        learnt.bin .idx     1 for each token that is learnt, else 0, u8
+        learnt.bin .idx     1 for each token that is learnt, 2 where it is one to avoid, else 0; u8
         manifest.json       what they were made from, which records were left out, SHA-256 of each file
 
 An entry is complete or absent. It is verified each time it is opened; one that fails is made again. Several
@@ -31,6 +31,7 @@ from megalite.files import aside_of, folder_aside, write_text
 
 VERSION = 1  # of the tokens as well: another way of making them must not find the former ones
 MANIFEST, TOKENS, LEARNT = "manifest.json", "tokens", "learnt"
+SAID, AVOIDED = np.uint8(1), np.uint8(2)
 _FILES = (f"{TOKENS}.bin", f"{TOKENS}.idx", f"{LEARNT}.bin", f"{LEARNT}.idx")
 
 
@@ -76,9 +77,13 @@ class PreparedSource:
         """Ids i64 and, per token, whether it is learnt."""
         return self.tokens[index].astype(np.int64), self.learnt[index].astype(bool)
 
+    def is_desirable(self, index: int) -> bool:
+        """Whether what is learnt of a sequence is to be said, and not avoided."""
+        return AVOIDED not in self.learnt[index]
+
     def summary(self) -> str:
         """What was found and what left out, in one line."""
-        count, learnt = len(self), int(np.asarray(self.learnt.tokens[:]).sum(dtype=np.int64))
+        count, learnt = len(self), int(np.count_nonzero(self.learnt.tokens[:]))
         line = f"{self.name}: {count:,} sequences, {self.tokens.num_tokens:,} tokens, {learnt:,} learnt"
         if not self.left_out:
             return line
@@ -149,7 +154,9 @@ def _prepare(
             except UserError as error:  # what is wrong with more than a record
                 raise DataError(f"{where}: {error}") from error
             ids.add_document([np.array(one.ids, np.int64) for one in sequences])
-            mask.add_document([np.array(one.is_learnt, np.uint8) for one in sequences])
+            values = [SAID if one.is_desirable else AVOIDED for one in sequences]
+            masks = [np.array(one.is_learnt, np.uint8) for one in sequences]
+            mask.add_document([value * one for value, one in zip(values, masks, strict=True)])
     kinds = sorted(left_out.values(), key=lambda kind: -kind.count)
     if ids.num_documents == 0:
         found = f"{num_records:,} records, {_listed(kinds)}" if kinds else "no record"

@@ -73,7 +73,7 @@ class Evaluation:
 
 def format_table(measurements: Iterable[Measurement]) -> str:
     """A Markdown table, one row a number."""
-    rows = [HEADINGS, *(_cells(measurement) for measurement in measurements)]
+    rows = [HEADINGS, *(cells_of(measurement) for measurement in measurements)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
@@ -82,7 +82,8 @@ def format_table(measurements: Iterable[Measurement]) -> str:
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
 
 
-def _cells(row: Measurement) -> tuple[str, ...]:
+def cells_of(row: Measurement) -> tuple[str, ...]:
+    """A row of a table, under HEADINGS."""
     error = "" if row.standard_error is None else f"{row.standard_error:.4f}"
     fewshot, samples = ("" if n is None else f"{n:,}" for n in (row.num_fewshot, row.num_samples))
     value = f"{row.value:.4f}" if abs(row.value) < 1e6 else f"{row.value:.4g}"

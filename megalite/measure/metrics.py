@@ -3,11 +3,12 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megalite.files import write_text
-from megalite.measure.progress import Progress, seconds_in_words
+from megalite.measure.progress import Progress, rewards_in_words, seconds_in_words
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -40,11 +41,6 @@ class Workload:
     flops_per_token: float
     peak_flops_per_second: float
 
-    def consumed(self, step: int) -> dict[str, int]:
-        """Samples and tokens that the first `step` optimizer steps took in."""
-        samples = step * self.samples_per_step
-        return {"consumed_samples": samples, "consumed_tokens": samples * self.tokens_per_sample}
-
     def speed(self, step_seconds: float) -> dict[str, float]:
         """Tokens per second, and MFU: the share of the peak that the model's own FLOPs use.
 
@@ -71,7 +67,7 @@ class Metrics:
         """Continue after `last_step`: what was recorded of later steps will happen again, and is removed."""
         run_dir.mkdir(parents=True, exist_ok=True)
         cut_rows_after(run_dir / METRICS_FILE, last_step)
-        self._workload = workload
+        self._run_dir, self._workload = run_dir, workload
         self._progress = progress
         self._file = open(run_dir / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
         self._tensorboard = _open_tensorboard(run_dir, last_step) if tensorboard else None
@@ -84,12 +80,14 @@ class Metrics:
         loss: float,
         grad_norm: float,
         learning_rate: float,
+        consumed_samples: int,
         step_seconds: float,
         expert_tokens: dict[int, list[int]] | None = None,
         **further: float | None,
     ) -> None:
         """Keep and show one optimizer step (1-based). Losses are in nats per token.
 
+        consumed_samples: where the run stands in its data after the step; their tokens include padding.
         expert_tokens: layer -> tokens that chose each expert, where they are to be kept.
         further: numbers that not every step or run has, by name, such as `validation_loss`; None is left out.
         """
@@ -98,14 +96,15 @@ class Metrics:
             "loss": loss,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
-            **self._workload.consumed(step),
+            "consumed_samples": consumed_samples,
+            "consumed_tokens": consumed_samples * self._workload.tokens_per_sample,
             "step_seconds": step_seconds,
             **self._workload.speed(step_seconds),
         }
         assert not further.keys() & row.keys(), "a number has one name"
         row |= {name: number for name, number in further.items() if number is not None}
         row |= {} if expert_tokens is None else {"expert_tokens": expert_tokens}
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps(_without_nan(row)) + "\n")
         self._file.flush()
         if self._tensorboard:
             tags = TENSORBOARD_TAGS | EXPERT_TAGS | _more_tags(further)
@@ -114,6 +113,13 @@ class Metrics:
         self._rows.append(row)
         self._progress.show(row)
 
+    def rewind(self, step: int) -> None:
+        """Forget what came after a step, since it will come again."""
+        self._file.close()
+        cut_rows_after(self._run_dir / METRICS_FILE, step)
+        self._file = open(self._run_dir / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115, closed by close()
+        self._rows = [row for row in self._rows if row["step"] <= step]
+
     def summary(self) -> str:
         """One line on what was recorded since the start or the resumption."""
         if not self._rows:
@@ -121,15 +127,18 @@ class Metrics:
         last = self._rows[-1]
         seconds = sum(row["step_seconds"] for row in self._rows)
         speed = self._workload.speed(seconds / len(self._rows))
-        validated = [row["validation_loss"] for row in self._rows if "validation_loss" in row]
-        validation = f", validation loss {validated[-1]:.4f}" if validated else ""
+        validated = next((row for row in reversed(self._rows) if "validation_loss" in row), None)
+        validation = ""
+        if validated:
+            told = rewards_in_words(validated, "validation_")
+            validation = f", validation loss {validated['validation_loss']:.4f}{told}"
         violation = last.get("expert_largest_violation")
         experts = "" if violation is None else f"expert violation {violation:.2f}, "
         steps = f"{len(self._rows)} step{'s' if len(self._rows) > 1 else ''}"
         return (
             f"trained {steps} in {seconds_in_words(seconds)}, {last['consumed_tokens']:,} tokens in all: "
-            f"loss {last['loss']:.4f}{validation}, {experts}{speed['tokens_per_second']:,.0f} tokens/s, "
-            f"MFU {speed['mfu']:.1%}"
+            f"loss {last['loss']:.4f}{rewards_in_words(last)}{validation}, {experts}"
+            f"{speed['tokens_per_second']:,.0f} tokens/s, MFU {speed['mfu']:.1%}"
         )
 
     def close(self) -> None:
@@ -156,6 +165,12 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"] if line.endswith("\n") else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no number that is none: null."""
+    no_number = {name for name, value in row.items() if isinstance(value, float) and not isfinite(value)}
+    return row | dict.fromkeys(no_number)
 
 
 def _open_tensorboard(run_dir: Path, last_step: int) -> "SummaryWriter":

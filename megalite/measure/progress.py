@@ -70,17 +70,26 @@ class Progress:
 def describe(row: dict[str, Any]) -> list[str]:
     """The numbers of one row of metrics as people read them."""
     numbers = [
-        f"loss {row['loss']:.4f}",
+        f"loss {row['loss']:.4f}{rewards_in_words(row)}",
         f"grad norm {row['grad_norm']:.3f}",
         f"lr {row['learning_rate']:.2e}",
         f"{row['tokens_per_second']:,.0f} tokens/s",
         f"MFU {row['mfu']:.1%}",
     ]
     if "validation_loss" in row:
-        numbers.insert(1, f"validation loss {row['validation_loss']:.4f}")
+        rewards = rewards_in_words(row, "validation_")
+        numbers.insert(1, f"validation loss {row['validation_loss']:.4f}{rewards}")
     if "expert_largest_violation" in row:
         numbers.insert(-2, f"expert violation {row['expert_largest_violation']:.2f}")
     return numbers
+
+
+def rewards_in_words(row: dict[str, Any], prefix: str = "") -> str:
+    """What a row of a preference run tells of its answers, in brackets; nothing for other rows."""
+    words = {"margins": "margin {:.4f}", "accuracies": "accuracy {:.1%}"}
+    numbers = {text: row.get(f"{prefix}rewards/{name}") for name, text in words.items()}
+    told = [text.format(number) for text, number in numbers.items() if number is not None]
+    return f" ({', '.join(told)})" if told else ""
 
 
 def seconds_in_words(seconds: float) -> str:

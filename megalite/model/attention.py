@@ -9,12 +9,13 @@ ranks, copies too, since each copy has the gradient of its own query heads only.
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megalite.config.model import ModelConfig
-from megalite.model.rope import RotaryEmbedding, rotate
+from megalite.kernels.rotation import rotate
+from megalite.model.logit_peaks import LogitPeaks
+from megalite.model.rope import RotaryEmbedding
 from megalite.model.spans import AttentionSpans
 from megalite.parallel.linear import Column, MergedColumnLinear, RowParallelLinear
 from megalite.parallel.norm import ParallelRMSNorm
@@ -45,7 +46,8 @@ class ParallelAttention(nn.Module):
         super().__init__()
         self.rotary = rotary
         self.head_dim = config.head_dim
-        self.recompute = recompute
+        self.kernels, self.recompute = plan.kernels, recompute
+        self.peaks: LogitPeaks | None = None  # of the logits in training, where someone asks for them
         width = config.hidden_size
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
@@ -85,13 +87,12 @@ class ParallelAttention(nn.Module):
         """query [s, b, A/t, D], key and value [s, b, K/t, D] -> [s, b, A/t * D]."""
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        cos, sin = self.rotary.tables(query, spans.positions if spans else None)
+        cos, sin = self.rotary.tables(query, *((spans.positions, spans.num_positions) if spans else ()))
         query, key, value = (
             x.permute(1, 2, 0, 3) for x in (rotate(query, cos, sin), rotate(key, cos, sin), value)
         )
-        if spans and spans.starts is not None:
-            mixed = spans.attend(query, key, value)
-        else:
-            grouped = query.size(1) != key.size(1)
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+        if self.peaks is not None and self.training:
+            self.peaks.see(query, key, spans)
+        attend = self.kernels.attention
+        mixed = spans.attend(query, key, value, attend) if spans else attend(query, key, value, None)
         return mixed.permute(2, 0, 1, 3).flatten(2)

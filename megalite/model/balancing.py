@@ -17,6 +17,7 @@ from megalite.config.model import ModelConfig
 from megalite.config.run import BalancingConfig
 from megalite.model.moe import TopKRouter
 from megalite.parallel.context import Group, ParallelContext, group_size
+from megalite.parallel.dispatch import counts_of
 from megalite.parallel.topology import DATA_AXES
 
 BINS = 1000  # of a histogram that spans 2 and a little more: steps of 0.002
@@ -164,15 +165,19 @@ class ExpertBalancing:
         for router in self.routers.values():
             router.loss_gradient = loss_gradient
 
-    def finish_step(self, batch_samples: int) -> ExpertLoad:
-        """Move the biases by what the global batch of so many samples did; collective on all ranks."""
+    def finish_step(self, batch_samples: int, is_taken: bool = True) -> ExpertLoad:
+        """Move the biases by what the global batch of so many samples did; collective on all ranks.
+
+        is_taken: whether the step was; else they stay.
+        """
         data, stages = self.context[DATA_AXES].group, self.context["pp"].group
         if self.routers:
             _sum_over(data, self._tally)
         _sum_over(data, self._loss)
         _sum_over(stages, self._loss)
         tokens, biases = self._tally[..., 0], [router.bias.clone() for router in self.routers.values()]
-        for router, tally in zip(self.routers.values(), self._tally, strict=True):
+        moving = zip(self.routers.values(), self._tally, strict=True) if is_taken else ()
+        for router, tally in moving:
             router.bias.copy_(self.rule.moved(router.bias, tally[:, 0], tally[:, 1:]))
         return ExpertLoad(
             self._of_all_layers(list(tokens), torch.int64),
@@ -190,15 +195,15 @@ class ExpertBalancing:
         padding: torch.Tensor | None,
         loss: torch.Tensor | None,
     ) -> None:
-        if padding is not None:
-            scores, chosen = scores[~padding], chosen[~padding]
+        counted = torch.ones_like(chosen[..., :1]) if padding is None else (~padding).long().unsqueeze(-1)
         num_experts = self.model.n_routed_experts
-        tally[:, 0] += torch.bincount(chosen.flatten(), minlength=num_experts)
+        tally[:, 0] += counts_of(chosen, num_experts, counted.expand_as(chosen))
         if self.rule.num_bins:
             bins = self.rule.bins_of(scores.flatten(0, -2), router.bias)
             bins += torch.arange(num_experts, device=bins.device) * self.rule.num_bins
             size = num_experts * self.rule.num_bins
-            tally[:, 1:] += torch.bincount(bins.flatten(), minlength=size).view(num_experts, -1)
+            counts = counts_of(bins, size, counted.reshape(-1, 1).expand_as(bins))
+            tally[:, 1:] += counts.view(num_experts, -1)
         if loss is not None:
             self._loss += loss
 

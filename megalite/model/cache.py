@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from megalite.kernels.attention import Attention
 from megalite.model.spans import AttentionSpans
 
 
@@ -45,8 +46,13 @@ class CachedSpans(AttentionSpans):
     first: int
     seen: torch.Tensor
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """query [b, heads, s, D], key and value [b, K/t, s, D], which are kept -> [b, heads, s, D]."""
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention: Attention
+    ) -> torch.Tensor:
+        """query [b, heads, s, D], key and value [b, K/t, s, D], which are kept -> [b, heads, s, D].
+
+        By torch, whatever the kernel of a model that trains: few tokens look at many.
+        """
         key, value = self.layer.append(self.first, key, value)
         grouped = query.size(1) != key.size(1)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=self.seen, enable_gqa=grouped)

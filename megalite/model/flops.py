@@ -9,7 +9,8 @@ from math import ceil
 
 from megalite.config.deepspeed import Precision
 from megalite.config.model import ModelConfig
-from megalite.model.table import TensorRow, layer_table, model_table
+from megalite.config.tuning import LoraConfig
+from megalite.model.table import TensorRow, adapter_table, layer_table, model_table
 
 FLOPS_FORMULA = (
     "6 x matmul parameters (output layer counted, embedding lookup and norms not; of routed experts those "
@@ -17,18 +18,24 @@ FLOPS_FORMULA = (
     "12 x layers x heads x head_dim x seq_length (attention in full, the causal half is not subtracted); "
     "recomputation is not counted"
 )
+NO_ADAPTERS = LoraConfig()
 
 _BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Trainable numbers of the whole model; the vocabulary's padding and a tied head's copy not counted."""
+    """Numbers of the whole model without adapters; padding of the vocabulary and a tied copy not counted."""
     return sum(row.num_elements for row in model_table(config))
 
 
 def num_active_parameters(config: ModelConfig) -> int:
     """Of these the ones that take part in one token: of the routed experts those that it chooses."""
     return sum(_active(row, config) for row in model_table(config))
+
+
+def num_adapter_parameters(config: ModelConfig, lora: LoraConfig) -> int:
+    """Numbers in adapters beside the model, 0 for a run without."""
+    return sum(row.num_elements for row in adapter_table(config, lora.rank, lora.targets))
 
 
 def _active(row: TensorRow, config: ModelConfig) -> int:
@@ -42,17 +49,31 @@ def parameters_per_layer(config: ModelConfig, tp_size: int = 1, layer: int = 0) 
     return sum(row.num_local_elements(tp_size) for row in layer_table(config, layer))
 
 
-def flops_per_token(config: ModelConfig, seq_length: int) -> int:
+def flops_per_token(config: ModelConfig, seq_length: int, lora: LoraConfig = NO_ADAPTERS) -> int:
     """Floating-point operations of forward and backward for one token, by FLOPS_FORMULA.
 
     6 per matmul parameter and 12 L A d s for attention: PaLM (arXiv 2204.02311), appendix B. It agrees with
     equation 3 of Megatron-LM (arXiv 2104.04473) without its recomputed forward.
+
+    Of the 6, 2 are forward's, 2 the gradient of the input and 2 that of the weight, which a frozen weight has
+    none of: with adapters of N_a parameters in all it is 4 per matmul parameter + 6 N_a + 12 L A d s. (The
+    first layer's inputs need no gradient then; these are counted all the same.)
     """
+    frozen = 2 * _matmul_parameters(config) if lora.rank else 0
+    return 3 * forward_flops_per_token(config, seq_length, lora) - frozen
+
+
+def forward_flops_per_token(config: ModelConfig, seq_length: int, lora: LoraConfig = NO_ADAPTERS) -> int:
+    """Of forward alone: 2 per matmul parameter, adapters among them, and 4 L A d s for attention."""
+    attention = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_length
+    return 2 * (_matmul_parameters(config) + num_adapter_parameters(config, lora)) + attention
+
+
+def _matmul_parameters(config: ModelConfig) -> int:
+    """That a token is multiplied with: of routed experts those that it chooses, and a tied head too."""
     used = [row for row in model_table(config) if row.kind in ("matrix", "expert")]
     matrices = sum(_active(row, config) for row in used)
-    head = config.vocab_size * config.hidden_size
-    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_length
-    return 6 * (matrices + head) + attention
+    return matrices + config.vocab_size * config.hidden_size
 
 
 @dataclass(frozen=True)
@@ -75,16 +96,18 @@ def model_state_bytes(
     zero_stage: int,
     precision: Precision,
     grad_accum_dtype: Precision | None = None,
-    optimizer_bytes: int = 8,
+    optimizer_bytes: float = 8,
+    num_frozen_parameters: int = 0,
 ) -> ModelStateBytes:
     """Bytes of a rank whose stage and tensor-parallel slice hold `num_local_parameters` before ZeRO.
 
+    num_frozen_parameters: held beside these, without gradients or state; ZeRO cuts them at stage 3 too.
+
     ZeRO (arXiv 1910.02054, figure 1): stage 1 cuts the optimizer over n ranks, 2 the gradients, 3 the
     parameters. The optimizer keeps `optimizer_bytes` per parameter (AdamW's two moments in fp32: 8), and an
-    fp32 master copy of the weights. DeepSpeed makes that copy at stages 1 and 2 even when the weights are
-    fp32 themselves; at stage 3 it then shares them.
+    fp32 master copy of weights that are not fp32 themselves (see training/masters.py).
     """
-    master_copy = precision != "fp32" or zero_stage in (1, 2)
+    master_copy = precision != "fp32"
     optimizer = optimizer_bytes + (4 if master_copy else 0)
     sizes = (_BYTES[precision], _BYTES[grad_accum_dtype or precision], optimizer)
     cut_from_stage = (3, 2, 1)
@@ -92,7 +115,8 @@ def model_state_bytes(
         num_local_parameters * size / (dp_size if zero_stage >= stage else 1)
         for size, stage in zip(sizes, cut_from_stage, strict=True)
     ]
-    return ModelStateBytes(*parts)
+    frozen = num_frozen_parameters * _BYTES[precision] / (dp_size if zero_stage == 3 else 1)
+    return ModelStateBytes(parts[0] + frozen, *parts[1:])
 
 
 def model_state_bytes_per_rank(
@@ -104,11 +128,18 @@ def model_state_bytes_per_rank(
     zero_stage: int = 0,
     precision: Precision = "fp32",
     grad_accum_dtype: Precision | None = None,
-    optimizer_bytes: int = 8,
+    optimizer_bytes: float = 8,
+    lora: LoraConfig = NO_ADAPTERS,
 ) -> ModelStateBytes:
-    """Bytes of the rank that holds most, see `model_state_bytes`; the vocabulary's padding is not counted."""
+    """Bytes of the rank that holds most, see `model_state_bytes`; the vocabulary's padding is not counted.
+
+    With adapters the model is frozen, and they alone are trained.
+    """
+    weights = parameters_of_fullest_stage(config, tp_size, pp_size)
+    adapters = adapters_of_fullest_stage(config, lora, tp_size, pp_size)
     return model_state_bytes(
-        parameters_of_fullest_stage(config, tp_size, pp_size),
+        adapters if lora.rank else weights,
+        num_frozen_parameters=weights if lora.rank else 0,
         dp_size=dp_size,
         zero_stage=zero_stage,
         precision=precision,
@@ -125,4 +156,19 @@ def parameters_of_fullest_stage(config: ModelConfig, tp_size: int = 1, pp_size: 
     tables = 2 if pp_size == 1 and not config.tie_word_embeddings else 1
     ends = tables * config.vocab_size * config.hidden_size // tp_size + config.hidden_size
     layers = [parameters_per_layer(config, tp_size, layer) for layer in range(config.num_hidden_layers)]
-    return ends + sum(sorted(layers)[-ceil(len(layers) / pp_size) :])
+    return ends + _sum_of_largest(layers, pp_size)
+
+
+def adapters_of_fullest_stage(
+    config: ModelConfig, lora: LoraConfig, tp_size: int = 1, pp_size: int = 1
+) -> int:
+    """The same of the adapters beside them."""
+    layers = [0] * config.num_hidden_layers
+    for row in adapter_table(config, lora.rank, lora.targets):
+        assert row.layer is not None
+        layers[row.layer] += row.num_local_elements(tp_size)
+    return _sum_of_largest(layers, pp_size)
+
+
+def _sum_of_largest(layers: list[int], pp_size: int) -> int:
+    return sum(sorted(layers)[-ceil(len(layers) / pp_size) :])

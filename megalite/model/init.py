@@ -1,10 +1,11 @@
-"""Initial weights, the same in every layout: each depends on seed and parameter name alone."""
+"""Initial weights, the same in every layout: each depends on seed, parameter name and place alone."""
 
 import math
 
 import torch
 
 from megalite.config.model import ModelConfig
+from megalite.parallel.draws import Box
 from megalite.parallel.shard import Initializer, normal_initializer, uniform_initializer
 
 RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
@@ -20,11 +21,12 @@ def llama_initializer(config: ModelConfig, seed: int) -> Initializer:
     """
     std = config.initializer_range
     plain = normal_initializer(seed, std)
+    uniform = uniform_initializer(seed)
     residual = normal_initializer(seed, std / math.sqrt(2 * config.num_hidden_layers))
 
-    def draw(name: str, full_shape: tuple[int, ...]) -> torch.Tensor:
+    def draw(name: str, full_shape: tuple[int, ...], box: Box | None = None) -> torch.Tensor:
         if name.endswith("lora_A.weight"):
-            return uniform_initializer(seed)(name, full_shape)
-        return (residual if name.endswith(RESIDUAL_OUTPUTS) else plain)(name, full_shape)
+            return uniform(name, full_shape, box)
+        return (residual if name.endswith(RESIDUAL_OUTPUTS) else plain)(name, full_shape, box)
 
     return draw

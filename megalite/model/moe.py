@@ -18,9 +18,16 @@ from torch import nn
 from megalite.config.model import ModelConfig
 from megalite.model.mlp import ParallelMLP
 from megalite.model.table import BIAS, expert_names
+from megalite.parallel.context import Group
 from megalite.parallel.dispatch import Dispatch
 from megalite.parallel.grouped import grouped_linear
-from megalite.parallel.mappings import copy_to_tp, gather_sequence, reduce_from_tp, scatter_sequence
+from megalite.parallel.mappings import (
+    copy_to_tp,
+    gather_sequence,
+    reduce_from_tp,
+    scatter_sequence,
+    sum_over,
+)
 from megalite.parallel.plan import LayerPlan
 from megalite.parallel.shard import (
     cut_spec,
@@ -99,7 +106,7 @@ class TopKRouter(nn.Module):
         """The scores, with their balancing loss where there is one; the observer is told."""
         loss, coefficient = None, self.config.router_aux_loss_coef
         if coefficient:
-            loss = coefficient * auxiliary_loss(scores, chosen, padding)
+            loss = coefficient * auxiliary_loss(scores, chosen, padding, self.plan.context["cp"].group)
             # On each rank of tp a part, as of all gradients of the scores.
             scores = _WithLoss.apply(scores, loss, self.loss_gradient / self.plan.context["tp"].size)
         if self.observer is not None:
@@ -111,22 +118,26 @@ class TopKRouter(nn.Module):
 
 
 def auxiliary_loss(
-    scores: torch.Tensor, chosen: torch.Tensor, padding: torch.Tensor | None = None
+    scores: torch.Tensor,
+    chosen: torch.Tensor,
+    padding: torch.Tensor | None = None,
+    cp_group: Group = None,
 ) -> torch.Tensor:
     """The balancing loss of each sample, summed over samples; a scalar.
 
         L = sum over i of f_i P_i     f_i = E / (k s) * times that i was chosen     P_i = mean of s_i / sum s
 
     over the tokens of one sample that are no padding (arXiv 2412.19437, equations 17 to 20). Within samples
-    and not over a micro batch, so that it is the same in every layout.
+    and not over a micro batch, so that it is the same in every layout. Where the ranks of cp_group have parts
+    of the samples, f is of the whole ones, and P, so the loss, a part of a sum over the ranks.
     """
     num_experts, num_choices = scores.size(-1), chosen.size(-1)
     counted = (
         torch.ones_like(chosen[..., 0], dtype=scores.dtype) if padding is None else (~padding).to(scores)
     )
-    length = counted.sum(0).clamp(min=1).unsqueeze(-1)  # [b, 1]
+    length = sum_over(counted.sum(0), cp_group).clamp(min=1).unsqueeze(-1)  # [b, 1]
     hits = torch.zeros_like(scores).scatter_(-1, chosen, 1.0) * counted.unsqueeze(-1)
-    shares = hits.sum(0) * num_experts / (num_choices * length)
+    shares = sum_over(hits.sum(0), cp_group) * num_experts / (num_choices * length)
     probabilities = scores / scores.sum(-1, keepdim=True) * counted.unsqueeze(-1)
     return (shares * probabilities.sum(0) / length).sum()
 
@@ -145,7 +156,13 @@ class _WithLoss(torch.autograd.Function):
 
 
 class RoutedExperts(nn.Module):
-    """All experts of a layer, each x -> down_proj(silu(gate_proj x) * up_proj x), cut over ep and tp."""
+    """All experts of a layer, each x -> down_proj(silu(gate_proj x) * up_proj x), cut over ep and tp.
+
+    Attributes:
+        dispatch: how tokens reach their experts.
+    """
+
+    dispatch: type[Dispatch] = Dispatch
 
     def __init__(self, config: ModelConfig, plan: LayerPlan, *, name: str) -> None:
         super().__init__()
@@ -164,7 +181,7 @@ class RoutedExperts(nn.Module):
 
     def forward(self, tokens: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
         """Tokens [n, h], chosen experts [n, k] and gates [n, k] -> [n, h], a part of the sum over tp."""
-        way = Dispatch(chosen, self.num_experts, self.plan.context["ep"])
+        way = self.dispatch(chosen, self.num_experts, self.plan.context["ep"])
         rows = way.spread(tokens)
         gate = grouped_linear(rows, self.gate_proj, way.counts)
         up = grouped_linear(rows, self.up_proj, way.counts)

@@ -1,6 +1,7 @@
 """Rotary position embedding (Su 2021, arXiv 2104.09864), with linear and Llama-3 scaling.
 
-Dimension j turns with j + D/2, as in Hugging Face: exported weights need no permutation.
+Dimension j turns with j + D/2, as in Hugging Face: exported weights need no permutation. The turn itself is
+in kernels/rotation.py.
 """
 
 import math
@@ -44,18 +45,18 @@ class RotaryEmbedding:
         self._tables: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def tables(
-        self, x: torch.Tensor, positions: torch.Tensor | None = None
+        self, x: torch.Tensor, positions: torch.Tensor | None = None, num_positions: int = 0
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin for x [s, b, heads, D], in its dtype and on its device.
 
         Each is [s, 1, 1, D] for positions 0 to s - 1, or [s, b, 1, D] for given positions [s, b], which are
-        below max_position_embeddings.
+        below s, max_position_embeddings or num_positions.
         """
         length = x.size(0)
         if positions is None:
             cos, sin = (table[:length].unsqueeze(1) for table in self._at_least(length, x))
         else:
-            longest = max(length, self._config.max_position_embeddings)
+            longest = max(length, self._config.max_position_embeddings, num_positions)
             cos, sin = (table[positions] for table in self._at_least(longest, x))
         return cos.unsqueeze(2), sin.unsqueeze(2)
 
@@ -71,9 +72,3 @@ class RotaryEmbedding:
             angles = torch.outer(places, frequencies).repeat(1, 2)
             self._tables[key] = (angles.cos().to(x), angles.sin().to(x))
         return self._tables[key]
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn x [s, b, heads, D] by the angles of its positions."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin

@@ -1,4 +1,4 @@
-"""What of a decoder a pipeline stage, or one of its chunks, holds."""
+"""What of a decoder a pipeline stage holds."""
 
 from dataclasses import dataclass
 
@@ -13,11 +13,13 @@ class StageShare:
         layers: numbers of the decoder layers.
         has_embedding: it takes token ids, and begins with the embedding.
         has_head: it ends with the last norm, the head and the loss.
+        has_other_end: the same rank holds another share with the other end: a tied table is there once.
     """
 
     layers: range
     has_embedding: bool = True
     has_head: bool = True
+    has_other_end: bool = False
 
     @classmethod
     def whole(cls, config: ModelConfig) -> "StageShare":

@@ -4,15 +4,14 @@ Shapes: s sequence, b micro batch. A document is told by where it starts: `start
 the sample of the first token of token i's document.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
-from typing import Any
+from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 
 from megalite.batch import Batch
+from megalite.kernels.attention import Attention
+from megalite.kernels.sight import Sight
 
 
 @dataclass(frozen=True)
@@ -40,37 +39,21 @@ class AttentionSpans:
             return self.given_positions.T
         return (self._place - self._starts).T
 
-    @cached_property
-    def mask(self) -> torch.Tensor:
-        """True where query i may see key j, [b, 1, s, s]: from its document's start up to itself."""
-        place = self._place
-        seen = (place >= self._starts.unsqueeze(-1)) & (place <= place.unsqueeze(-1))
-        return seen.unsqueeze(1)
+    @property
+    def num_positions(self) -> int:
+        """Positions are below it, or else below the model's longest context."""
+        return 0
 
     @cached_property
-    def block_mask(self) -> Any:
-        """The same as FlexAttention's BlockMask: blocks that nothing sees are skipped."""
-        from torch.nn.attention.flex_attention import create_block_mask  # slow to import
+    def sight(self) -> Sight | None:
+        """Which tokens each token sees; None where that is all up to itself."""
+        return None if self.starts is None else Sight.within(self.starts)
 
-        starts, (batch, length) = self._starts, self._starts.shape
-
-        def may_see(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-            return (j <= i) & (j >= starts[b, i])
-
-        return create_block_mask(may_see, batch, None, length, length, device=str(starts.device))
-
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention: Attention
+    ) -> torch.Tensor:
         """Attention within documents: query [b, heads, s, D], key and value [b, KV heads, s, D]."""
-        if query.is_cuda:
-            return self.attend_in_blocks(query, key, value)
-        grouped = query.size(1) != key.size(1)
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=self.mask, enable_gqa=grouped)
-
-    def attend_in_blocks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """The same by FlexAttention (arXiv 2412.05496), compiled where there is a GPU to compile for."""
-        attention = _flex_attention(compiled=query.is_cuda)
-        grouped = query.size(1) != key.size(1)
-        return attention(query, key, value, block_mask=self.block_mask, enable_gqa=grouped)
+        return attention(query, key, value, self.sight)
 
     @property
     def _starts(self) -> torch.Tensor:
@@ -80,11 +63,3 @@ class AttentionSpans:
     @property
     def _place(self) -> torch.Tensor:
         return torch.arange(self._starts.size(1), device=self._starts.device)
-
-
-@cache
-def _flex_attention(compiled: bool) -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention  # slow to import
-
-    attention: Callable[..., Any] = flex_attention
-    return torch.compile(attention, dynamic=False) if compiled else attention

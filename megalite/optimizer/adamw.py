@@ -1,13 +1,16 @@
 """AdamW (Loshchilov 2017, arXiv 1711.05101) as a recipe; the one home of Adam's names."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from megalite.config.run import OptimizerConfig
+from megalite.optimizer.kinds import ADAM_KINDS, kinds_of
 from megalite.optimizer.recipe import ParameterGroup
-from megalite.parallel.shard import spec_of
+from megalite.optimizer.slices import MasterSlice
+from megalite.parallel.context import ParallelContext
+from megalite.parallel.shard import ShardSpec, spec_of
 
 STEP = "step"
 
@@ -20,10 +23,11 @@ class AdamW:
     apart, since every stage must have as many groups.
     """
 
-    kinds: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
-
     def __init__(self, config: OptimizerConfig) -> None:
         self.config = config
+
+    def kinds_of(self, name: str, full_shape: Sequence[int]) -> tuple[str, ...]:
+        return kinds_of("adamw", name, full_shape)
 
     def groups(self, parameters: Sequence[nn.Parameter]) -> list[ParameterGroup]:
         trained = [p for p in parameters if p.requires_grad]
@@ -48,13 +52,23 @@ class AdamW:
             fused=True,  # one pass over memory, and none of it taken for intermediate results
         )
 
-    def state_of(self, optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    def settle(
+        self,
+        optimizer: torch.optim.Optimizer,
+        masters: Mapping[nn.Parameter, MasterSlice],
+        context: ParallelContext,
+    ) -> None:
+        """It works element by element, wherever they lie."""
+
+    def state_of(
+        self, optimizer: torch.optim.Optimizer, flat: torch.Tensor, spec: ShardSpec
+    ) -> dict[str, torch.Tensor]:
         state = optimizer.state[flat]
         if not state:  # as torch makes it: the count on the device where the step is fused
             on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
             device = flat.device if on_device else torch.device("cpu")
             state[STEP] = torch.zeros((), dtype=torch.float32, device=device)
-            for kind in self.kinds:
+            for kind in ADAM_KINDS:
                 state[kind] = torch.zeros_like(flat, memory_format=torch.preserve_format)
         return state
 

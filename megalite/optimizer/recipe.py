@@ -1,11 +1,16 @@
 """What an optimizer is to the rest: its groups of parameters, their rates, and the state that it keeps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from megalite.optimizer.slices import MasterSlice
+from megalite.parallel.context import ParallelContext
+from megalite.parallel.shard import ShardSpec
 
 RATE_FACTOR = "learning_rate_factor"  # key in a torch optimizer's parameter group
 
@@ -28,12 +33,10 @@ class ParameterGroup:
 
 
 class Recipe(Protocol):
-    """An optimizer by its parts; checkpoints, memory counts and the engine read what they need of it.
+    """An optimizer by its parts; checkpoints, memory counts and the engine read what they need of it."""
 
-    kinds: names of the tensors that it keeps per parameter, each of the parameter's shape and in fp32.
-    """
-
-    kinds: tuple[str, ...]
+    def kinds_of(self, name: str, full_shape: Sequence[int]) -> tuple[str, ...]:
+        """Names of the tensors that it keeps for a parameter, each of the parameter's shape and in fp32."""
 
     def groups(self, parameters: Sequence[nn.Parameter]) -> list[ParameterGroup]:
         """The parameters to train, each in one group.
@@ -45,8 +48,21 @@ class Recipe(Protocol):
     def build(self, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
         """The torch optimizer."""
 
-    def state_of(self, optimizer: torch.optim.Optimizer, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The live state of a tensor that the optimizer steps, made where the first step is yet to come."""
+    def settle(
+        self,
+        optimizer: torch.optim.Optimizer,
+        masters: Mapping[nn.Parameter, MasterSlice],
+        context: ParallelContext,
+    ) -> None:
+        """Called once, by all ranks, when ZeRO has laid out the parameters: where this rank's masters lie."""
+
+    def state_of(
+        self, optimizer: torch.optim.Optimizer, flat: torch.Tensor, spec: ShardSpec
+    ) -> dict[str, torch.Tensor]:
+        """The live state of a tensor that the optimizer steps, made where the first step is yet to come.
+
+        spec: of a parameter in it.
+        """
 
     def steps_of(self, state: dict[str, torch.Tensor]) -> int:
         """How many steps the state has seen."""
@@ -55,9 +71,9 @@ class Recipe(Protocol):
         """Let the state have seen so many steps."""
 
 
-def state_bytes(recipe: Recipe) -> int:
-    """Bytes of optimizer state per parameter, without a master copy of the weight."""
-    return 4 * len(recipe.kinds)
+def state_bytes(recipe: Recipe, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Bytes of optimizer state for parameters, by name, without master copies of the weights."""
+    return sum(4 * prod(shape) * len(recipe.kinds_of(name, shape)) for name, shape in shapes.items())
 
 
 def set_learning_rate(groups: Sequence[dict[str, Any]], learning_rate: float) -> None:

@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 from megalite.config.run import OptimizerConfig
 from megalite.optimizer.adamw import AdamW
+from megalite.optimizer.muon import Muon
 from megalite.optimizer.recipe import Recipe
 
-RECIPES: dict[str, Callable[[OptimizerConfig], Recipe]] = {"adamw": AdamW}
+RECIPES: dict[str, Callable[[OptimizerConfig], Recipe]] = {"adamw": AdamW, "muon": Muon}
 
 
 def build_recipe(config: OptimizerConfig) -> Recipe:

@@ -1,20 +1,23 @@
 """The process groups of one rank, built once and passed on: nothing looks them up."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from megalite.parallel.topology import DATA_AXES, MODEL_AXES, Topology
+from megalite.parallel.topology import DATA_AXES, MODEL_AXES, STAGE_AXES, Topology
 
 Group = dist.ProcessGroup | None  # None is a group of one: no process group is needed for it
 
 # What is communicated over: single axes, and axes together.
 GROUPS = [
     *(("tp",), ("kv_copy",), ("pp",)),
+    ("cp",),  # other parts of the same samples
     ("dp",),  # other samples: they divide the global batch
     DATA_AXES,  # the same weights: ZeRO partitions over them, and averages gradients
     MODEL_AXES,  # one whole model: the gradient norm spans them
+    STAGE_AXES,  # one stage: its matrices are made whole over them
     ("ep",),  # other experts: tokens go to them
     ("edp",),  # the same experts with other tokens: ZeRO partitions these over them
 ]
@@ -68,14 +71,23 @@ class ParallelContext:
         self._ranks: dict[tuple[str, ...], Ranks] = {}  # what was asked for: layers ask in every forward
 
     @classmethod
-    def build(cls, topology: Topology, rank: int, device: torch.device) -> "ParallelContext":
-        """Create every group; collective, called by all ranks in the same order."""
+    def build(
+        cls,
+        topology: Topology,
+        rank: int,
+        device: torch.device,
+        new_group: Callable[[list[int]], Group] = dist.new_group,
+    ) -> "ParallelContext":
+        """Create every group; collective, called by all ranks in the same order.
+
+        new_group: makes one of its ranks.
+        """
         made: dict[tuple[int, ...], Group] = {}
 
         def mine(lists: list[list[int]]) -> Group:
             for ranks in lists:
                 if tuple(ranks) not in made:
-                    made[tuple(ranks)] = dist.new_group(ranks)
+                    made[tuple(ranks)] = new_group(ranks)
             return next((made[tuple(ranks)] for ranks in lists if rank in ranks), None)
 
         groups = {axes: mine(topology.groups(*axes)) for axes in GROUPS if _is_needed(topology, axes)}

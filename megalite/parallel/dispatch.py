@@ -36,7 +36,7 @@ class Dispatch:
         self.group = ranks.group
         self.order = rows.argsort(stable=True)  # by expert, so by rank too
         self.inverse = self.order.argsort()
-        self.counts = torch.bincount(rows, minlength=num_experts)
+        self.counts = counts_of(rows, num_experts)
         self.is_local = ranks.size == 1
         if not self.is_local:
             self._meet(ranks)
@@ -46,11 +46,17 @@ class Dispatch:
         sent = self.counts.view(ranks.size, -1)
         arriving = torch.empty_like(sent)
         dist.all_to_all_single(arriving, sent, group=self.group)
-        self.num_sent, self.num_arriving = sent.sum(1).tolist(), arriving.sum(1).tolist()
+        self.num_sent, self.num_arriving = self._numbers(sent), self._numbers(arriving)
         self.counts = arriving.sum(0)
         experts = torch.arange(sent.size(1), device=sent.device).repeat(ranks.size)
-        self.regroup = experts.repeat_interleave(arriving.flatten()).argsort(stable=True)
+        num_rows = sum(self.num_arriving)
+        arrived = experts.repeat_interleave(arriving.flatten(), output_size=num_rows)
+        self.regroup = arrived.argsort(stable=True)
         self.ungroup = self.regroup.argsort()
+
+    def _numbers(self, rows: torch.Tensor) -> list[int]:
+        """Of rows [r, E/r] to or from each rank and expert, those of each rank: the host waits for them."""
+        return rows.sum(1).tolist()
 
     def spread(self, tokens: torch.Tensor) -> torch.Tensor:
         """[n, h] -> [m, h], the rows of this rank's experts, expert by expert."""
@@ -67,6 +73,16 @@ class Dispatch:
             rows = _Exchange.apply(rows, self.num_arriving, self.num_sent, self.group)
         rows = _Permute.apply(rows, self.inverse, self.order)
         return rows.unflatten(0, (-1, self.num_choices))
+
+
+def counts_of(numbers: torch.Tensor, size: int, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """How often each of 0 to size - 1 is among numbers, int64 [size]; weights: int64, of the same shape.
+
+    torch.bincount would have the host wait for a GPU: the length of what it gives depends on the numbers.
+    """
+    numbers = numbers.flatten()
+    weights = torch.ones_like(numbers) if weights is None else weights.flatten()
+    return numbers.new_zeros(size).scatter_add_(0, numbers, weights)
 
 
 class _Spread(torch.autograd.Function):

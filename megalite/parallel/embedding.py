@@ -1,7 +1,5 @@
 """An embedding whose rows lie on many ranks (Shoeybi 2019, section 3)."""
 
-from math import ceil
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -16,14 +14,7 @@ from megalite.parallel.shard import (
     draw_like_embedding,
     sharded_parameter,
 )
-
-
-def padded_vocab_size(vocab_size: int, tp_size: int, multiple: int = 128) -> int:
-    """The vocabulary rounded up so that each rank holds a multiple of `multiple` rows.
-
-    Padding exists only in memory: never in a checkpoint, an export, or the loss.
-    """
-    return ceil(vocab_size / (multiple * tp_size)) * multiple * tp_size
+from megalite.parallel.vocabulary import padded_vocab_size
 
 
 def vocabulary_spec(context: ParallelContext, name: str, shape: tuple[int, int]) -> ShardSpec:

@@ -165,7 +165,8 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, i/t] -> [s, b, o] (or [s/t, b, o] under sequence parallelism)."""
-        partial = local_linear(x, self.plan, self.weight)
+        products = self.plan.products_of(inputs_over=self.plan.tp_group)
+        partial = local_linear(x, self.plan, self.weight, products)
         if self.adapter is not None:
             partial = partial + self.adapter(x)
         y = self.leave(partial, self.plan.tp_group)

@@ -1,4 +1,4 @@
-"""Collectives over a tensor-parallel group, in conjugate pairs.
+"""Collectives over a tensor- or context-parallel group, in conjugate pairs.
 
 Shapes: s sequence (dimension 0), b micro batch, h features, t group size.
 Each backward is the transpose of its forward, and none writes to a tensor that it did not allocate:
@@ -9,17 +9,40 @@ autograd may hand one gradient tensor to two branches.
     reduce_from_tp      all-reduce       identity          g       Shoeybi 2019
     gather_sequence     all-gather       reduce-scatter    g       Korthikanti 2022, arXiv 2205.05198
     scatter_sequence    reduce-scatter   all-gather        g-bar   Korthikanti 2022
+    exchange            all-to-all       all-to-all                Jacobs 2023, arXiv 2309.14509
+    sum_over            all-reduce       all-reduce                f after g
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd import _profiler_enabled
+from torch.profiler import record_function
 
 from megalite.parallel.context import Group, group_size
 
-Work = dist.Work | None
+
+class _SumOfParts:
+    """Parts [t, ...] on their way, t from 2 on, that are summed into `total` [...] when they are there."""
+
+    def __init__(self, work: "Work", parts: torch.Tensor, total: torch.Tensor) -> None:
+        self._work, self._parts, self._total = work, parts, total
+
+    def wait(self) -> None:
+        assert self._work is not None
+        self._work.wait()
+        first, second, *others = self._parts
+        torch.add(first, second, out=self._total)
+        for part in others:
+            self._total.add_(part)
+
+
+Work = dist.Work | _SumOfParts | None
+SUMMED_WHOLE = {"cpu"}  # devices whose reduce-scatter, gloo's, sums everything on every rank
+WAIT = "wait for a collective"  # what a trace of torch's profiler calls it
 
 # torch 2.13 gave these two new names and warns about the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -32,6 +55,11 @@ def start_all_reduce(x: torch.Tensor, group: Group) -> tuple[torch.Tensor, Work]
         return x, None
     total = x.clone(memory_format=torch.contiguous_format)
     return total, dist.all_reduce(total, group=group, async_op=True)
+
+
+def start_mean(x: torch.Tensor, group: Group) -> tuple[torch.Tensor, Work]:
+    """Begin a mean over the group, as a sum."""
+    return start_all_reduce(x / group_size(group), group) if group_size(group) > 1 else (x, None)
 
 
 def start_all_gather(x: torch.Tensor, group: Group) -> tuple[torch.Tensor, Work]:
@@ -53,13 +81,47 @@ def start_reduce_scatter(x: torch.Tensor, group: Group) -> tuple[torch.Tensor, W
             f"choose a seq_length that is a multiple of {group_size(group)}"
         )
     part = x.new_empty(part_size, *x.shape[1:])
+    if x.device.type in SUMMED_WHOLE:
+        parts, work = start_exchange(x.reshape(-1, *part.shape), group)
+        return part, _SumOfParts(work, parts, part)
     return part, _reduce_scatter(part, x.contiguous(), group=group, async_op=True)
+
+
+def start_exchange(x: torch.Tensor, group: Group) -> tuple[torch.Tensor, Work]:
+    """Begin [t, ...] -> [t, ...]: entry j goes to rank j, and entry j of the result comes from it."""
+    if group_size(group) == 1:
+        return x, None
+    coming = torch.empty_like(x, memory_format=torch.contiguous_format)
+    return coming, dist.all_to_all_single(coming, x.contiguous(), group=group, async_op=True)
 
 
 def wait_for(work: Work) -> None:
     """Wait for a collective that was begun; None is one that had nothing to do."""
-    if work is not None:
+    if work is None:
+        return
+    with record_function(WAIT) if _profiler_enabled() else nullcontext():  # torch's profiler sees no waits
         work.wait()
+
+
+class Gathering:
+    """[s/t, ...] -> [s, ...] that may be begun before it is asked for."""
+
+    def __init__(self, x: torch.Tensor, group: Group) -> None:
+        self._x, self._group = x, group
+        self._begun: tuple[torch.Tensor, Work] | None = None
+
+    def begin(self) -> None:
+        """Begin, if that was not done."""
+        if self._begun is None:
+            self._begun = start_all_gather(self._x, self._group)
+
+    def whole(self) -> torch.Tensor:
+        """The whole, once it is there; asked for once, since it is not kept."""
+        self.begin()
+        assert self._begun is not None
+        (full, work), self._begun = self._begun, None
+        wait_for(work)
+        return full
 
 
 Start = Callable[[torch.Tensor, Group], tuple[torch.Tensor, Work]]
@@ -96,3 +158,9 @@ copy_to_tp = _pair(_identity, start_all_reduce)
 reduce_from_tp = _pair(start_all_reduce, _identity)
 gather_sequence = _pair(start_all_gather, start_reduce_scatter)
 scatter_sequence = _pair(start_reduce_scatter, start_all_gather)
+exchange = _pair(start_exchange, start_exchange)
+sum_over = _pair(start_all_reduce, start_all_reduce)
+
+# No transpose: of copies, whose gradients are parts of a sum, each gets an equal part of the same sum.
+# Products that round want it so, since they would round the parts otherwise than their sum.
+equal_parts = _pair(_identity, start_mean)

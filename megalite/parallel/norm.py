@@ -1,7 +1,6 @@
 """RMSNorm over the features, with the sequence whole or cut (Zhang 2019, arXiv 1910.07467)."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megalite.parallel.plan import LayerPlan
@@ -37,7 +36,7 @@ class ParallelRMSNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, h], [s/t, b, h] or heads [s, b, A/t, h], the shape kept."""
         weight = self.plan.with_whole_gradient(self.weight)
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        return self.plan.kernels.norm(x, weight, self.eps)
 
     def extra_repr(self) -> str:
         return f"{describe_shards(self)}; eps={self.eps}"

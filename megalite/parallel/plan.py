@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from megalite.kernels.choice import Kernels
 from megalite.parallel.context import Group, ParallelContext
+from megalite.parallel.deferred import DeferredGradients
+from megalite.parallel.fp8 import Cuts, Recipe, rounded_products
 from megalite.parallel.mappings import copy_to_tp
 from megalite.parallel.products import MatrixProducts
 from megalite.parallel.shard import Initializer, spec_of
@@ -37,7 +40,11 @@ class LayerPlan:
             have the same seed on all ranks of a tensor-parallel group.
         dtype: of the parameters; by default torch's.
         products: the matrix products of linear layers.
+        fp8: how those of layers are rounded that are neither head nor adapter; None for not.
+        kernels: what computes attention and norms.
         lora: the adapters that layers have, beside weights which then do not learn; None for none.
+        tile_tokens: of a feed-forward layer at a time, on a rank; 0 for all at once.
+        deferred: where backward leaves the gradients of linear layers' weights; None computes them in it.
     """
 
     context: ParallelContext = field(default_factory=ParallelContext)
@@ -45,7 +52,11 @@ class LayerPlan:
     init: Initializer | None = None
     dtype: torch.dtype | None = None
     products: MatrixProducts = field(default_factory=MatrixProducts)
+    fp8: Recipe | None = None
+    kernels: Kernels = field(default_factory=Kernels)
     lora: Lora | None = None
+    tile_tokens: int = 0
+    deferred: DeferredGradients | None = None
 
     def adapts(self, name: str) -> bool:
         """Whether a layer has an adapter. name: the layer's, whole or its last part."""
@@ -55,6 +66,12 @@ class LayerPlan:
     def tp_group(self) -> Group:
         """The tensor-parallel group."""
         return self.context["tp"].group
+
+    def products_of(self, *, inputs_over: Group = None, outputs_over: Group = None) -> MatrixProducts:
+        """The products of a linear layer whose input or output features are cut over ranks."""
+        if self.fp8 is None:
+            return self.products
+        return rounded_products(self.fp8, Cuts(self.context["cp"].group, inputs_over, outputs_over))
 
     def with_whole_gradient(self, parameter: nn.Parameter) -> torch.Tensor:
         """The parameter, for use in a forward; backward sums its gradient where ranks have parts of it.

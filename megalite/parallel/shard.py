@@ -7,18 +7,24 @@ Cuts are along whole dimensions, into contiguous pieces: query, key, value, gate
 their own. So every local tensor is one box of the full one.
 """
 
-import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
 from megalite.parallel.context import ParallelContext
+from megalite.parallel.draws import Box, draw_box, key_of
 from megalite.parallel.topology import DATA_AXES
 
-Initializer = Callable[[str, tuple[int, ...]], torch.Tensor]  # (name, full shape) -> full tensor, fp32
+
+class Initializer(Protocol):
+    """Draws a parameter, or the part of it that a rank needs."""
+
+    def __call__(self, name: str, full_shape: tuple[int, ...], box: Box | None = None, /) -> torch.Tensor:
+        """The box of the full initial tensor, fp32, in memory of its own; by default all of it."""
 
 
 @dataclass(frozen=True)
@@ -120,11 +126,14 @@ class ShardSpec:
             raise ValueError(
                 f"{self.name}: a tensor of shape {tuple(full.shape)} does not fit {self.full_shape}"
             )
-        if not self.cuts:
-            return full.clone()
-        local = full.new_zeros(self.local_shape)
-        inside = tuple(slice(0, size) for size in self.box_shape)
-        local[inside] = full[self.box]
+        return self.padded(full[self.box]).clone()
+
+    def padded(self, part: torch.Tensor) -> torch.Tensor:
+        """This rank's tensor, given its part [box_shape]: that itself, or with zeros behind it."""
+        if self.local_shape == self.box_shape:
+            return part
+        local = part.new_zeros(self.local_shape)
+        local[tuple(slice(0, size) for size in self.box_shape)] = part
         return local
 
     @property
@@ -203,13 +212,13 @@ def whole_spec(
 
 
 def sharded_parameter(spec: ShardSpec, init: Initializer, dtype: torch.dtype | None = None) -> nn.Parameter:
-    """This rank's part of a parameter, cut from the full initial tensor.
+    """This rank's part of a parameter, of the full initial tensor.
 
-    The full tensor lives only within this call, so building under ZeRO-3 construction never holds a
-    whole model. `model_parallel` is DeepSpeed's flag for "count this one in the gradient norm".
+    Parameter by parameter, so building under ZeRO-3 construction never holds a whole model.
+    `model_parallel` is DeepSpeed's flag for "count this one in the gradient norm".
     """
-    full = init(spec.name, spec.full_shape)
-    return _with_spec(spec.cut(full).to(dtype or torch.get_default_dtype()), spec)
+    local = spec.padded(init(spec.name, spec.full_shape, spec.box))
+    return _with_spec(local.to(dtype or torch.get_default_dtype()), spec)
 
 
 def stacked_parameter(
@@ -221,8 +230,8 @@ def stacked_parameter(
     """
     entry = spec.entry
     mine = names[spec.box[0]]
-    drawn = [entry.cut(init(name, entry.full_shape)).to(dtype or torch.get_default_dtype()) for name in mine]
-    return _with_spec(torch.stack(drawn), spec)
+    drawn = [entry.padded(init(name, entry.full_shape, entry.box)) for name in mine]
+    return _with_spec(torch.stack(drawn).to(dtype or torch.get_default_dtype()), spec)
 
 
 def _with_spec(local: torch.Tensor, spec: ShardSpec) -> nn.Parameter:
@@ -265,48 +274,56 @@ def describe_shards(module: nn.Module) -> str:
 
 
 def normal_initializer(seed: int, std: float = 0.02) -> Initializer:
-    """Normal draws with standard deviation `std` that depend on seed and parameter name alone.
+    """Normal draws with standard deviation `std`; each depends on seed, parameter name and place alone.
 
-    NumPy draws, for two reasons: ZeRO-3 construction replaces torch's factory functions by ones that
-    cast, and the stream is the same on every device.
+    A rank draws its own part, which is the same in every layout. NumPy draws, for two reasons: ZeRO-3
+    construction replaces torch's factory functions by ones that cast, and the stream is the same on every
+    device. The normal distribution's quantile function makes them of uniform draws of 32 bits, in float64.
     """
 
-    def draw(name: str, full_shape: tuple[int, ...]) -> torch.Tensor:
-        drawn = _generator(seed, name).standard_normal(full_shape, dtype=np.float32)
-        return torch.from_numpy(drawn * np.float32(std))
+    def normal(uniform: torch.Tensor) -> torch.Tensor:
+        return uniform.erfinv_().mul_(2**0.5 * std)
+
+    def draw(name: str, full_shape: tuple[int, ...], box: Box | None = None) -> torch.Tensor:
+        return draw_box(key_of(seed, name), full_shape, box or _whole(full_shape), normal)
 
     return draw
 
 
 def uniform_initializer(seed: int) -> Initializer:
-    """U(-1/sqrt(i), 1/sqrt(i)) with i inputs, by seed and parameter name alone; see normal_initializer."""
+    """U(-1/sqrt(i), 1/sqrt(i)) with i inputs, by seed, parameter name and place; see normal_initializer."""
 
-    def draw(name: str, full_shape: tuple[int, ...]) -> torch.Tensor:
-        drawn = _generator(seed, name).random(full_shape, dtype=np.float32)
-        return torch.from_numpy((2 * drawn - 1) / np.float32(full_shape[-1] ** 0.5))
+    def draw(name: str, full_shape: tuple[int, ...], box: Box | None = None) -> torch.Tensor:
+        bound = full_shape[-1] ** -0.5
+        return draw_box(key_of(seed, name), full_shape, box or _whole(full_shape), lambda x: x.mul_(bound))
 
     return draw
-
-
-def _generator(seed: int, name: str) -> np.random.Generator:
-    key = int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:16], "little")
-    return np.random.Generator(np.random.Philox(key=key))
 
 
 def constant_initializer(value: float) -> Initializer:
     """Every element the same: ones for norms, zeros for biases."""
 
-    def fill(name: str, full_shape: tuple[int, ...]) -> torch.Tensor:
-        return torch.from_numpy(np.full(full_shape, value, dtype=np.float32))
+    def fill(name: str, full_shape: tuple[int, ...], box: Box | None = None) -> torch.Tensor:
+        shape = [each.stop - each.start for each in box or _whole(full_shape)]
+        return torch.from_numpy(np.full(shape, value, dtype=np.float32))
 
     return fill
 
 
-def draw_like_linear(name: str, full_shape: tuple[int, ...]) -> torch.Tensor:
-    """As torch.nn.Linear draws its weight, from torch's generator: U(-1/sqrt(i), 1/sqrt(i)), i inputs."""
-    return torch.empty(full_shape).uniform_(-1, 1) / full_shape[-1] ** 0.5
+def draw_like_linear(name: str, full_shape: tuple[int, ...], box: Box | None = None) -> torch.Tensor:
+    """As torch.nn.Linear draws its weight, from torch's generator: U(-1/sqrt(i), 1/sqrt(i)), i inputs.
+
+    In full, whatever the box is: torch's generator knows no places.
+    """
+    full = torch.empty(full_shape).uniform_(-1, 1) / full_shape[-1] ** 0.5
+    return full if box is None else full[box].clone()
 
 
-def draw_like_embedding(name: str, full_shape: tuple[int, ...]) -> torch.Tensor:
-    """As torch.nn.Embedding draws its table, from torch's generator: N(0, 1)."""
-    return torch.empty(full_shape).normal_()
+def draw_like_embedding(name: str, full_shape: tuple[int, ...], box: Box | None = None) -> torch.Tensor:
+    """As torch.nn.Embedding draws its table, from torch's generator: N(0, 1), in full."""
+    full = torch.empty(full_shape).normal_()
+    return full if box is None else full[box].clone()
+
+
+def _whole(full_shape: tuple[int, ...]) -> Box:
+    return tuple(slice(0, size) for size in full_shape)

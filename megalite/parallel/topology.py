@@ -8,7 +8,6 @@ so that tensor-parallel neighbours, which talk most, share a node. A cut is an a
 the ranks of neighbouring axes into runs of neighbours. Every group, rank and size follows from the tables.
 """
 
-from itertools import product
 from math import prod
 from typing import NamedTuple
 
@@ -37,6 +36,7 @@ CUTS = {
 }
 DATA_AXES = ("dp", "cp")  # over which the same weights see other tokens
 MODEL_AXES = ("pp", "tp")  # over which one model lies
+STAGE_AXES = (*DATA_AXES, "tp")  # over which one stage lies, with its copies
 
 
 class Extent(NamedTuple):
@@ -62,6 +62,7 @@ class Topology:
             raise TypeError(f"{unknown.pop()}_size: no such axis; known are {', '.join([*AXES, *CUTS])}")
         self.world_size = world_size
         self._extents: dict[str, Extent] = {}
+        self._groups: dict[tuple[str, ...], list[list[int]]] = {}  # what was asked for
         self._lay_axes({axis: given.get(axis, 1) for axis in AXES})
         for name, cut in CUTS.items():
             self._lay_cut(name, cut, given.get(name, 1))
@@ -101,12 +102,15 @@ class Topology:
 
     def members(self, rank: int, *axes: str) -> list[int]:
         """The ranks that differ from `rank` along these axes alone, the first axis slowest."""
-        extents = [self[axis] for axis in axes]
-        first = rank - sum(self.place(rank, axis) * self[axis].stride for axis in axes)
-        places = product(*(range(size) for size, _ in extents))
-        return [first + sum(i * e.stride for i, e in zip(at, extents, strict=True)) for at in places]
+        members = [rank - sum(self.place(rank, axis) * self[axis].stride for axis in axes)]
+        for axis in axes:
+            size, stride = self[axis]
+            members = [member + place * stride for member in members for place in range(size)]
+        return members
 
     def groups(self, *axes: str) -> list[list[int]]:
         """All groups along these axes, ordered by their first ranks; each rank is in one of them."""
-        firsts = dict.fromkeys(self.members(rank, *axes)[0] for rank in range(self.world_size))
-        return [self.members(first, *axes) for first in firsts]
+        if axes not in self._groups:
+            firsts = dict.fromkeys(self.members(rank, *axes)[0] for rank in range(self.world_size))
+            self._groups[axes] = [self.members(first, *axes) for first in firsts]
+        return self._groups[axes]

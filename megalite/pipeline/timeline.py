@@ -1,77 +1,136 @@
-"""When each stage of a pipeline computes, and how long it waits (pure arithmetic)."""
+"""When each rank computes and how long it waits, if transfers took no time (pure arithmetic)."""
 
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from megalite.pipeline.schedule import Action, Backward, Exchange, Forward, Transfer, build_schedule
+from megalite.pipeline.actions import Backward, BackwardInput, BackwardWeight, Compute, Forward, Kind
+from megalite.pipeline.placement import Placement
 
-FORWARD_SECONDS = 1.0
-BACKWARD_SECONDS = 2.0  # two matrix products, for the gradients of input and weight, where forward has one
+
+@dataclass(frozen=True)
+class Durations:
+    """Of one micro batch through all chunks of a rank. By default each is one matrix product of a layer."""
+
+    forward: float = 1.0
+    backward_input: float = 1.0
+    backward_weight: float = 1.0
+
+    def of(self, action: Compute) -> float:
+        """The seconds, or other units, of an action."""
+        whole = self.backward_input + self.backward_weight
+        by_kind = {Forward: self.forward, BackwardInput: self.backward_input}
+        by_kind |= {BackwardWeight: self.backward_weight, Backward: whole}
+        return by_kind[type(action)]
 
 
 class Interval(NamedTuple):
-    """One computation: `kind` is "forward" or "backward"; times in units of one forward."""
+    """One computation; times in units of one forward through all chunks of a rank."""
 
     start: float
     end: float
-    stage: int
-    kind: str
-    micro_batch: int
+    rank: int
+    action: Compute
 
 
-def timeline(schedule_name: str, num_stages: int, num_micro_batches: int) -> list[Interval]:
-    """All computations of one step, stage by stage, if communication took no time and had no buffers."""
-    schedules = [
-        build_schedule(schedule_name, stage, num_stages, num_micro_batches) for stage in range(num_stages)
-    ]
-    position = [0] * num_stages
-    clock = [0.0] * num_stages
-    intervals: list[Interval] = []
+Tensor = tuple[Kind, int, int]  # what a stage makes of a micro batch, and the stage
 
-    def advance(stage: int) -> bool:
-        """Do the next action of a stage if nothing holds it back."""
-        if position[stage] == len(schedules[stage]):
+
+def made(action: Compute, stage: int) -> Tensor | None:
+    """What an action gives to another stage, if there is one."""
+    if isinstance(action, BackwardWeight):
+        return None
+    return "activation" if isinstance(action, Forward) else "gradient", action.micro_batch, stage
+
+
+def play(
+    orders: Sequence[Sequence[Compute]],
+    placement: Placement,
+    durations: Durations | Callable[[int, Compute], float] = Durations(),
+    transfer_seconds: float = 0.0,
+) -> list[Interval]:
+    """All computations of one step, rank by rank, each as soon as its rank is free and what it needs is made.
+
+    orders: of each rank. durations: of all alike, or that of each by its rank. transfer_seconds: from a rank
+    to another, in the same unit. Raises ValueError where ranks wait for each other for ever.
+    """
+    ends: dict[Tensor, float] = {}
+    intervals: list[list[Interval]] = [[] for _ in orders]
+
+    def duration(rank: int, action: Compute) -> float:
+        if isinstance(durations, Durations):
+            return durations.of(action) / placement.num_chunks
+        return durations(rank, action)
+
+    def ready_at(action: Compute, stage: int) -> float | None:
+        """When what an action needs is made; None: not yet known."""
+        last = placement.num_stages - 1
+        needed: Tensor = ("gradient", action.micro_batch, stage + 1)
+        if isinstance(action, Forward):
+            needed = ("activation", action.micro_batch, stage - 1)
+        elif isinstance(action, BackwardWeight):
+            needed = ("gradient", action.micro_batch, stage)
+        elif stage == last:
+            needed = ("activation", action.micro_batch, stage)
+        if isinstance(action, Forward) and stage == 0:
+            return 0.0
+        made_at, (maker, _) = ends.get(needed), placement.holder(needed[2])
+        if made_at is None or maker == placement.holder(stage)[0]:
+            return made_at
+        return made_at + transfer_seconds
+
+    def advance(rank: int) -> bool:
+        """Compute what comes next on a rank, if it is ready."""
+        done = intervals[rank]
+        if len(done) == len(orders[rank]):
             return False
-        action = schedules[stage][position[stage]]
-        if isinstance(action, Exchange):
-            neighbour = action.transfers[0].peer
-            if not _meets(action, stage, schedules[neighbour][position[neighbour] :]):
-                return False
-            clock[stage] = clock[neighbour] = max(clock[stage], clock[neighbour])
-            position[neighbour] += 1
-        else:
-            intervals.append(_interval(action, clock[stage], stage))
-            clock[stage] = intervals[-1].end
-        position[stage] += 1
+        action = orders[rank][len(done)]
+        stage = placement.stage(rank, action.chunk)
+        ready = ready_at(action, stage)
+        if ready is None:
+            return False
+        start = max(ready, done[-1].end if done else 0.0)
+        done.append(Interval(start, start + duration(rank, action), rank, action))
+        tensor = made(action, stage)
+        if tensor is not None:
+            ends[tensor] = done[-1].end
         return True
 
-    while any(advance(stage) for stage in range(num_stages)):
+    while any(advance(rank) for rank in range(len(orders))):
         pass
-    assert position == [len(actions) for actions in schedules], "the schedule is stuck"
-    return sorted(intervals, key=lambda interval: (interval.stage, interval.start))
+    stuck = [f"rank {rank}" for rank, done in enumerate(intervals) if len(done) < len(orders[rank])]
+    if stuck:
+        raise ValueError(f"{', '.join(stuck)} wait for each other")
+    return [interval for done in intervals for interval in done]
 
 
-def bubble_fraction(intervals: list[Interval]) -> float:
-    """The share of stage-time in which a stage waits: (p - 1) / (m + p - 1) for both schedules."""
-    num_stages = 1 + max(interval.stage for interval in intervals)
-    busy = sum(interval.end - interval.start for interval in intervals)
-    return 1 - busy / (num_stages * max(interval.end for interval in intervals))
+def idle(intervals: Sequence[Interval], rank: int) -> float:
+    """How long a rank waits until all are done."""
+    busy = sum(interval.end - interval.start for interval in intervals if interval.rank == rank)
+    return max(interval.end for interval in intervals) - busy
 
 
-def _meets(exchange: Exchange, stage: int, actions_of_neighbour: list[Action]) -> bool:
-    """Whether the neighbour's next action is this stage's exchange seen from the other side."""
-    match actions_of_neighbour:
-        case [Exchange(transfers), *_]:
-            return set(transfers) == {mirrored(transfer, stage) for transfer in exchange.transfers}
-    return False
+def bubble_fraction(intervals: Sequence[Interval]) -> float:
+    """The share of all ranks' time in which they wait."""
+    num_ranks = 1 + max(interval.rank for interval in intervals)
+    waiting = sum(idle(intervals, rank) for rank in range(num_ranks))
+    return waiting / (num_ranks * max(interval.end for interval in intervals))
 
 
-def mirrored(transfer: Transfer, stage: int) -> Transfer:
-    """A stage's transfer as its peer sees it."""
-    return replace(transfer, verb="receive" if transfer.verb == "send" else "send", peer=stage)
+def mean_durations(intervals: Sequence[Interval], num_chunks: int) -> Durations:
+    """What each kind took on the average of all ranks; half of a whole backward is for inputs."""
+
+    def of(kind: type) -> float:
+        found = [i.end - i.start for i in intervals if type(i.action) is kind]
+        return num_chunks * sum(found) / len(found) if found else 0.0
+
+    half = of(Backward) / 2
+    return Durations(of(Forward), of(BackwardInput) + half, of(BackwardWeight) + half)
 
 
-def _interval(action: Forward | Backward, start: float, stage: int) -> Interval:
-    if isinstance(action, Forward):
-        return Interval(start, start + FORWARD_SECONDS, stage, "forward", action.micro_batch)
-    return Interval(start, start + BACKWARD_SECONDS, stage, "backward", action.micro_batch)
+def replay(
+    intervals: Sequence[Interval], orders: Sequence[Sequence[Compute]], placement: Placement
+) -> list[Interval]:
+    """The same computations, each as long as it was, if transfers took no time."""
+    took = {(i.rank, i.action): i.end - i.start for i in intervals}
+    return play(orders, placement, lambda rank, action: took[rank, action])

@@ -51,6 +51,13 @@ class ChatTemplate:
         """
         return self._render(messages, add_generation_prompt)[0]
 
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation up to where an answer begins. Raises as `render`, or for none."""
+        ids = self._backend.encode(self.render(messages, True), add_special_tokens=False).ids
+        if not ids:
+            raise UnusableRecordError(f"messages that chat template {self.name} makes no text of")
+        return ids
+
     def encode(
         self, messages: Sequence[Message], num_prompt_messages: int = 0
     ) -> tuple[list[int], list[bool]]:
@@ -132,7 +139,7 @@ def open_template(tokenizer: Tokenizer, template: str | None = None) -> ChatTemp
 
     Raises TokenizerError when there is no such template, or it needs tokens that the tokenizer does not have.
     """
-    shipped = sorted(path.stem for path in SHIPPED.glob("*.jinja"))
+    shipped = shipped_templates()
     if template is None:
         source = _own_source(tokenizer)
         return ChatTemplate(tokenizer, source, f"of {tokenizer.name}") if source else None
@@ -148,6 +155,11 @@ def open_template(tokenizer: Tokenizer, template: str | None = None) -> ChatTemp
         expected = f"expected a Jinja file or one of {', '.join(shipped)}"
         raise TokenizerError(f"chat template {template}: {expected}, found no such file: name another")
     return ChatTemplate(tokenizer, Path(template).read_text(encoding="utf-8"), template)
+
+
+def shipped_templates() -> list[str]:
+    """The names of ours."""
+    return sorted(path.stem for path in SHIPPED.glob("*.jinja"))
 
 
 def _own_source(tokenizer: Tokenizer) -> str | None:

@@ -9,7 +9,6 @@ from typing import Any
 
 from tokenizers import Tokenizer as Backend
 
-from megalite.error import UserError
 from megalite.files import write_text, written_aside
 from megalite.tokenizer.config_file import token_text
 from megalite.tokenizer.error import TokenizerError
@@ -69,23 +68,6 @@ class Tokenizer(ABC):
         """Token ids of one text."""
         return self.encode_batch([text])[0]
 
-    def chat_prompt(self, message: str) -> str:
-        """The text that a chat model continues with its answer to a user's message.
-
-        Raises TokenizerError when there is no chat template, or it does not take such a message.
-        """
-        from megalite.tokenizer.template import open_template  # it knows this class
-
-        template = open_template(self)
-        if template is None:
-            raise TokenizerError(
-                f"{self.name} has no chat template: name a tokenizer that has one (--tokenizer)"
-            )
-        try:
-            return template.render([{"role": "user", "content": message}], add_generation_prompt=True)
-        except (UserError, ImportError) as error:
-            raise TokenizerError(f"{self.name}: its chat template cannot be used: {error}") from error
-
     @property
     def eos_token_id(self) -> int:
         """Id that ends a document. Raises TokenizerError when the tokenizer names none."""
@@ -99,8 +81,15 @@ class Tokenizer(ABC):
         """SHA-256 of the tokenizer and its end of text: equal only when ids are equal."""
         return hashlib.sha256(self._content() + str(self._eos_token_id).encode()).hexdigest()
 
-    def save(self, folder: str | Path, model_max_length: int = _UNLIMITED_TOKENS) -> None:
+    def save(
+        self,
+        folder: str | Path,
+        model_max_length: int = _UNLIMITED_TOKENS,
+        chat_template: str | None = None,
+    ) -> None:
         """Write tokenizer.json and tokenizer_config.json, from which `transformers.AutoTokenizer` loads.
+
+        chat_template: the text of one in the place of the tokenizer's own.
 
         SentencePiece's model, where there is one, becomes tokenizer.model: only it has the scores of the
         pieces, which llama.cpp needs.
@@ -114,6 +103,8 @@ class Tokenizer(ABC):
         }
         if self.eos_token is not None:
             config["eos_token"] = self.eos_token
+        if chat_template is not None:
+            config["chat_template"] = chat_template
         config |= _added_around_text(backend, config)
         if model is not None:
             config |= _added_to_pieces(backend)

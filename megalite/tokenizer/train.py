@@ -27,7 +27,10 @@ def train_tokenizer(
         raise TokenizerError(f"--vocab-size: {expected}, found {vocab_size}: raise it")
     folder.mkdir(parents=True, exist_ok=True)  # training takes long: what cannot be written fails before
     tokenizer = _train(kind, texts, vocab_size)
-    tokenizer.save(folder, **({} if model_max_length is None else {"model_max_length": model_max_length}))
+    if model_max_length is None:
+        tokenizer.save(folder)
+    else:
+        tokenizer.save(folder, model_max_length)
     return tokenizer
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,14 +13,22 @@ from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.run import RunConfig
 from megalite.data.chat import ChatData, cache_beside_source, open_chat
 from megalite.data.chat_loader import ChatLoader
-from megalite.data.chat_samples import ChatSamples
+from megalite.data.chat_samples import ChatSamples, Kind
 from megalite.data.error import DataError
 from megalite.data.packing import SampleOrder
+from megalite.data.unpaired_loader import UnpairedLoader
 from megalite.parallel.context import ParallelContext
 from megalite.tokenizer.load import load_tokenizer
 from megalite.tokenizer.template import open_template
 from megalite.training.samples import slices_of
 from megalite.training.world import on_rank_0
+
+
+def kind_of(run: RunConfig) -> Kind:
+    """What a run learns from."""
+    if run.task != "prefer":
+        return "conversations"
+    return "unpaired" if run.preference.loss == "kto" else "pairs"
 
 
 def open_sources(
@@ -36,7 +45,7 @@ def open_sources(
     tokenizer = load_tokenizer(run.data.tokenizer)
     prepare = partial(
         open_chat,
-        "pairs" if run.task == "prefer" else "conversations",
+        kind_of(run),
         sources,
         tokenizer,
         open_template(tokenizer, run.data.chat_template),
@@ -47,11 +56,11 @@ def open_sources(
     return prepare()
 
 
-def training_samples(chat: ChatData, run: RunConfig, batch_samples: int) -> ChatSamples:
-    """Samples for all optimizer steps, each epoch in another order."""
+def training_samples(chat: ChatData, run: RunConfig, num_samples: int) -> ChatSamples:
+    """So many samples, each epoch in another order."""
     packing = run.data.packing and run.task != "prefer"
     order = SampleOrder(run.data.seq_length, run.seed, packing=packing, shuffle=True)
-    return chat.samples(order, run.schedule.num_steps * batch_samples)
+    return chat.samples(order, num_samples)
 
 
 def validation_samples(chat: ChatData, run: RunConfig, batch_samples: int) -> ChatSamples:
@@ -68,12 +77,30 @@ def build_loader(
     references: np.ndarray | None = None,
 ) -> ChatLoader:
     """This rank's part of each global batch."""
-    return ChatLoader(samples, references=references, **slices_of(run, deepspeed, context))
+    loader = UnpairedLoader if samples.kind == "unpaired" else ChatLoader
+    return loader(samples, references=references, **slices_of(run, deepspeed, context))
 
 
-def references_file(chat: ChatData, run: RunConfig, start: str) -> Path:
-    """Where log-probabilities are kept, beside the data. start: a fingerprint of the weights of the start."""
-    made_from = [start, run.data.seq_length, [source.sha256 for source in chat.sources]]
+def reference_samples(samples: ChatSamples, batch_samples: int) -> ChatSamples:
+    """What needs a reference: of pairs each one once; of single answers the samples themselves.
+
+    For which answers meet in a mismatched row depends on the batch that they are in.
+    """
+    if samples.kind == "unpaired":
+        return samples
+    return ChatData(samples.sources, None, samples.kind).once(samples.order.seq_length, batch_samples)
+
+
+def references_file(loader: ChatLoader, run: RunConfig, start: str, precision: str) -> Path:
+    """Where log-probabilities are kept, beside the data; its name says all that they follow from.
+
+    start: a fingerprint of the weights of the start. precision: that they are computed in.
+    """
+    samples = loader.dataset
+    made_from: list[Any] = [start, run.model.model_dump(), precision]
+    made_from += [samples.order.seq_length, [source.sha256 for source in samples.sources]]
+    if samples.kind == "unpaired":
+        made_from += [samples.weights, samples.order, len(samples), loader.global_batch_samples]
     key = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
-    folder = run.data.cache_dir or cache_beside_source(chat.sources[0].name)
+    folder = run.data.cache_dir or cache_beside_source(samples.sources[0].name)
     return Path(folder) / f"references-{key}.npy"

@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from argparse import SUPPRESS, ArgumentParser, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from pathlib import Path
 from typing import NoReturn
 
@@ -11,7 +11,11 @@ from megalite.config.deepspeed import DeepSpeedConfig, load_deepspeed
 from megalite.config.load import load_run
 from megalite.config.run import RunConfig
 from megalite.config.section import ConfigError
+from megalite.config.tuning import LoraConfig
 from megalite.error import UserError
+from megalite.exit_status import FINISHED, MISTAKE
+from megalite.model.table import adaptable_layers
+from megalite.pipeline.schedule import placement_of, rule_of
 from megalite.training.environment import Environment, choose_cpu_accelerator
 
 EPILOG = """The JSON owns batch sizes, precision, ZeRO and gradient clipping; the YAML owns the rest.
@@ -30,6 +34,8 @@ def build_parser(description: str | None) -> ArgumentParser:
     parser = Parser(description=description, epilog=EPILOG, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("--deepspeed_config", required=True, metavar="JSON", help="DeepSpeed configuration")
     parser.add_argument("--config", nargs="?", metavar="YAML", help="the run (default: a small one)")
+    check = "check the command for as many processes as WORLD_SIZE says, and end"
+    parser.add_argument("--check", action="store_true", help=check)
     parser.add_argument("--local_rank", type=int, help=SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the run")
     return parser
@@ -38,11 +44,15 @@ def build_parser(description: str | None) -> ArgumentParser:
 def configure(
     argv: list[str] | None, world_size: int, task: str, description: str | None = None
 ) -> tuple[RunConfig, DeepSpeedConfig]:
+    """What a command line says, see `resolve`."""
+    return resolve(build_parser(description).parse_intermixed_args(argv), world_size, task)
+
+
+def resolve(args: Namespace, world_size: int, task: str) -> tuple[RunConfig, DeepSpeedConfig]:
     """The run and the DeepSpeed configuration, checked against each other and the number of processes.
 
     task: what the launcher trains; a run that says another is refused.
     """
-    args = build_parser(description).parse_intermixed_args(argv)
     if args.config and "=" in args.config and not Path(args.config).exists():
         args.overrides.insert(0, args.config)  # it follows a bare --config
         args.config = None
@@ -51,7 +61,41 @@ def configure(
     known = {"dp_size": run.dp_size_of(world_size), "hidden_size": run.model.hidden_size}
     deepspeed = load_deepspeed(args.deepspeed_config, args.config or "the run", **known)
     run.check_zero_stage(deepspeed.zero_stage)
+    tokens = deepspeed.train_micro_batch_size_per_gpu * run.tokens_per_sample // run.parallel.cp_size
+    run.fp8.check_sizes(run.model, run.parallel.tp_size, tokens)
+    run.check_zero_options(deepspeed.raw)
+    _check_pipeline(run)
+    run.check_optimizer(deepspeed.raw)
+    _check_targets(run)
     return run, deepspeed
+
+
+def _check_pipeline(run: RunConfig) -> None:
+    """Raise UserError for chunks that the schedule does not have, or that no layers are left for."""
+    name, layers = run.parallel.pipeline_schedule, run.model.num_hidden_layers
+    placement = placement_of(name, run.parallel.pp_size, run.parallel.num_chunks)
+    if layers < placement.num_stages:
+        raise ConfigError(
+            f"parallel.pp_size {placement.num_ranks} x {placement.num_chunks} chunks of pipeline_schedule "
+            f"{name} exceeds model.num_hidden_layers {layers}: use at most {layers} in all"
+        )
+    if run.lora.rank and rule_of(name).splits_backward:
+        raise ConfigError(
+            f"lora.rank {run.lora.rank} freezes weights, and pipeline_schedule {name} computes their "
+            "gradients apart: choose 1f1b, afab or interleaved"
+        )
+
+
+def _check_targets(run: RunConfig) -> None:
+    """Raise ConfigError for adapters of layers that the model does not have.
+
+    The default names what a Llama has; a model with experts may have a part of that.
+    """
+    layers = adaptable_layers(run.model)
+    missing = [target for target in run.lora.targets if target not in layers]
+    if run.lora.rank and (missing or not run.lora.targets) and run.lora.targets != LoraConfig().targets:
+        named = f"names {missing[0]!r}, and the model" if missing else "names nothing, and the model"
+        raise ConfigError(f"lora.targets {named} has {', '.join(layers)}: choose among these")
 
 
 def _of_task(run: RunConfig, task: str) -> RunConfig:
@@ -78,17 +122,19 @@ def launch(description: str | None, task: str, argv: list[str] | None = None) ->
     try:
         environment = Environment.read()
         rank = environment.rank
-        run, deepspeed = configure(argv, environment.world_size, task, description)
+        args = build_parser(description).parse_intermixed_args(argv)
+        run, deepspeed = resolve(args, environment.world_size, task)
     except UserError as error:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         time.sleep(0 if rank == 0 else 5)  # a launcher ends all ranks when the first one leaves
-        return 2
+        return MISTAKE
+    if args.check:
+        return FINISHED
     import torch  # the configuration is checked first: a mistake is told in a second, not in ten
 
     if not torch.cuda.is_available():
         choose_cpu_accelerator()
     from megalite.training.job import run_training
 
-    run_training(run, deepspeed, environment)
-    return 0
+    return run_training(run, deepspeed, environment)

@@ -7,8 +7,9 @@ goes to ZeRO-3, if a few of the engine's habits are minded; each is explained wh
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import isfinite
 from typing import Any
 
 import deepspeed
@@ -21,14 +22,27 @@ from megalite.batch import Batch
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.error import UserError
 from megalite.optimizer.recipe import Recipe, set_learning_rate
+from megalite.optimizer.slices import MasterSlice
 from megalite.parallel.context import Group, ParallelContext, group_size
+from megalite.parallel.deferred import Deferred, DeferredGradients, scalar_of
 from megalite.parallel.mpu import ModelParallelUnit
 from megalite.parallel.shard import spec_of
 from megalite.parallel.topology import DATA_AXES, MODEL_AXES
-from megalite.training.zero import clear_gradients, is_stage3, reduced_gradients, square_of_gradients
+from megalite.training.masters import share_masters, update_from_partitions
+from megalite.training.zero import (
+    clear_gradients,
+    inner_optimizer,
+    is_stage3,
+    master_slices,
+    reduced_gradients,
+    square_of_gradients,
+    with_shapes,
+)
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXPERTS = "experts"  # our name in DeepSpeed's tables of groups
+Refuses = Callable[[float], bool]
+NO_SIZES: Mapping[str, int] = {}
 NEVER_RELEASED = int(1e15)  # elements: a reuse distance that no model reaches
 TESTED_VERSION = (0, 19, 8)  # its inside is patched here and read in zero.py: others of 0.19 may follow
 
@@ -49,6 +63,8 @@ def initialize_communication() -> None:
     deepspeed.utils.logger.setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # names that DeepSpeed uses
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    # It decorates its Muon, which no recipe uses, with torch.compile: every start would import the compiler.
+    deepspeed.runtime.compiler.compile = lambda: lambda function: function
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
 
 
@@ -82,6 +98,8 @@ class StageEngine:
         num_micro_batches: in one optimizer step.
         parameter_gathering: under ZeRO-3, gather a stage's parameters once per "step", or once per
             "micro_batch" and direction.
+        bucket_sizes: keys of `zero_optimization` that the run sets, in elements, see plan/buckets.py.
+        deferred: where the chunks' layers leave gradients of weights, if they do.
     """
 
     def __init__(
@@ -93,10 +111,15 @@ class StageEngine:
         *,
         num_micro_batches: int,
         parameter_gathering: str = "step",
+        bucket_sizes: Mapping[str, int] = NO_SIZES,
+        deferred: DeferredGradients | None = None,
     ) -> None:
         self.config, self.context, self.recipe = config, context, recipe
+        self.deferred = deferred
         self.dtype = TORCH_DTYPES[config.precision]
-        settings = deepspeed_settings(config, num_micro_batches, parameter_gathering)
+        settings = deepspeed_settings(
+            config, num_micro_batches, parameter_gathering, context[DATA_AXES].size, bucket_sizes
+        )
         mpu = ModelParallelUnit(context)
         assert context["ep"].size == 1 or config.zero_stage == 3, "experts over ranks need ZeRO-3"
         with _Partitioning(
@@ -120,18 +143,32 @@ class StageEngine:
         )
         _restore_buffers(self.engine.module, state, context.device)
         self.optimizer = self.engine.optimizer
+        share_masters(self.optimizer)
+        masters = {part.parameter: part for part in self.masters()}
+        recipe.settle(inner_optimizer(self.optimizer), masters, context)
+        self._own_norm: torch.Tensor | None = None
+        self._refuses: Refuses | None = None
+        self._takes_step: bool | None = None  # of the step under way, once it is known
         self._backwards_to_come: dict[int, dict[nn.Module, int]] = {}
         self.gathers_once = config.zero_stage == 3 and parameter_gathering == "step"
         self.tied = [p for p in module.parameters() if spec_of(p).is_tied and p.requires_grad]
         if config.zero_stage == 3:
+            update_from_partitions(self.optimizer)
             self._own_the_trace()
         if context["ep"].size > 1:
             self.optimizer._get_norm_groups = self._norm_of_partitions
+        self._put_a_gate_before_the_update()
 
     @property
     def module(self) -> StageChunks:
         """The chunks of the stage."""
         return self.engine.module
+
+    def masters(self) -> Iterator[MasterSlice]:
+        """Where this rank's masters lie of the parameters that are trained."""
+        for parameter in self.module.parameters():
+            data_rank = self.context[spec_of(parameter).averaged_over].rank
+            yield from master_slices(self.optimizer, [parameter], data_rank)
 
     @property
     def loss_scale(self) -> float:
@@ -163,6 +200,16 @@ class StageEngine:
         if is_stage3(self.optimizer):
             self.optimizer.parameter_offload.get_param_coordinator().reset_step()
 
+    def let_go(self) -> None:
+        """Call when weights were written from outside: copies that ZeRO-3 has gathered are out of date.
+
+        It keeps small ones for good, and looks at their partitions only after an optimizer step. So it does
+        with the second partitions of hpZ, which it makes of what is gathered.
+        """
+        if is_stage3(self.optimizer):
+            self.optimizer.parameter_offload.partition_all_parameters()
+            self.optimizer.invalidate_secondary_tensor()
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """The stage in evaluation mode, for forward-only passes; afterwards it trains again."""
@@ -189,44 +236,89 @@ class StageEngine:
 
         grad: the gradient of the output. is_last: no backward of the step follows, gradients are to be whole.
         """
+        if is_stage3(self.optimizer):
+            self._prepare_release(chunk)
+        # The gradient of this product's sum is exactly `grad`. `output.backward(grad)` would be divided by
+        # the number of micro batches, and is refused at ZeRO-0.
+        self._back_propagate((output * grad).sum(), is_last)
+
+    def backward_input(self, output: torch.Tensor, grad: torch.Tensor, chunk: int) -> list[Deferred]:
+        """The same, less the gradients of weights that the layers left, for `backward_weight`."""
+        assert self.deferred is not None
+        self.backward(output, grad, chunk, is_last=False)
+        return self.deferred.take()
+
+    def backward_weight(self, left: Sequence[Deferred], *, is_last: bool) -> None:
+        """Back-propagate to the weights. is_last: as above."""
+        with with_shapes(self.optimizer, [weight for item in left for weight in item.weights]):
+            scalar = scalar_of(left)
+            # DeepSpeed begins a backward when the gradient of its engine's output comes: this is none.
+            scalar.register_hook(lambda grad: self.engine._backward_prologue())
+            self._back_propagate(scalar, is_last)
+
+    def _back_propagate(self, scalar: torch.Tensor, is_last: bool) -> None:
+        """A backward of DeepSpeed's, with its scale of the loss taken out."""
         self.engine.set_gradient_accumulation_boundary(is_last)
         if hasattr(self.optimizer, "clear_backward_seen_flag"):
             # Forwards clear this mark; where two backwards follow each other, ZeRO-3 would let the second
             # one's gradients overwrite the first one's.
             self.optimizer.clear_backward_seen_flag()
-        if is_stage3(self.optimizer):
-            self._prepare_release(chunk, is_last)
-        # The gradient of this product's sum is exactly `grad`. `output.backward(grad)` would be divided by
-        # the number of micro batches, and is refused at ZeRO-0.
-        self.engine.backward((output * grad).sum() / self.loss_scale, scale_wrt_gas=False)
+        if self.gathers_once:
+            # Modules whose input needs no gradient, the embedding, never count the backwards to come.
+            # DeepSpeed lets go of them after each backward; here they are to stay until the last.
+            offload = self.optimizer.parameter_offload
+            release = offload.get_param_coordinator().release_backward_leftovers
+            offload.release_backward_leftovers = release if is_last else _release_nothing
+        self.engine.backward(scalar / self.loss_scale, scale_wrt_gas=False)
 
-    def _prepare_release(self, chunk: int, is_last: bool) -> None:
+    def _prepare_release(self, chunk: int) -> None:
         """Let each module release its parameters in this backward, or keep them for the next.
 
         A module counts down the backwards that its last forward asked for, and releases at zero; where
         several backwards follow each other the count would pass below it, and all would stay gathered until
         the end of the backward, then leave at once. So the count is set again before each.
-
-        Modules whose input needs no gradient, the embedding, never count. DeepSpeed lets go of them after
-        each backward; gathering once per step, they are to stay until the last.
         """
         for module, count in self._backwards_to_come[chunk].items():
             module.ds_grads_remaining = count  # type: ignore[assignment]
-        offload = self.optimizer.parameter_offload
-        if self.gathers_once:
-            coordinator = offload.get_param_coordinator()
-            offload.release_backward_leftovers = (
-                coordinator.release_backward_leftovers if is_last else _release_nothing
-            )
 
-    def step(self, learning_rate: float) -> float:
-        """Take the optimizer step; returns the global gradient norm before clipping."""
+    def step(self, learning_rate: float, refuses: Refuses | None = None) -> tuple[float, bool]:
+        """Take the optimizer step, unless refuses(norm) holds: then nothing changes.
+
+        Returns the global gradient norm before clipping, and whether the step was taken; one whose norm is no
+        number never is.
+        """
         set_learning_rate(self.optimizer.param_groups, learning_rate)
         self._sum_tied_gradients()
-        norm = self._gradient_norm() if self.config.zero_stage == 0 else None
+        self._own_norm = self._gradient_norm() if self.config.zero_stage == 0 else None
+        self._refuses, self._takes_step = refuses, None
         self.engine.set_gradient_accumulation_boundary(True)
         self.engine.step()
-        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+        norm = float(self.engine.get_global_grad_norm() if self._own_norm is None else self._own_norm)
+        return norm, bool(self._takes_step)
+
+    def scale_rows(self, factors: Mapping[nn.Parameter, torch.Tensor]) -> None:
+        """Let the next step multiply rows of parameters, as it leaves them, by these; [local rows] each.
+
+        Masters are scaled within the update, so that weights of every format are made from them.
+        """
+        inner_optimizer(self.optimizer).row_factors = factors  # type: ignore[attr-defined]
+
+    def _put_a_gate_before_the_update(self) -> None:
+        """Let the torch optimizer within DeepSpeed's wrapper step only where the step is to be taken.
+
+        The wrapper has the norm by then, and does the rest: it gives weights their masters, which did not
+        change, and clears gradients. It steps once per parameter group; where the norm is no number, never.
+        """
+        inner = inner_optimizer(self.optimizer)
+        update = inner.step
+
+        def update_if_taken(*arguments: Any, **options: Any) -> Any:
+            if self._takes_step is None:
+                norm = float(self.optimizer._global_grad_norm if self._own_norm is None else self._own_norm)
+                self._takes_step = isfinite(norm) and not (self._refuses and self._refuses(norm))
+            return update(*arguments, **options) if self._takes_step else None
+
+        inner.step = update_if_taken  # type: ignore[method-assign]
 
     def _sum_tied_gradients(self) -> None:
         """Give both copies of a tied embedding the gradient of both of its uses."""
@@ -281,20 +373,31 @@ class _Partitioning(deepspeed.zero.Init):
 
 
 def deepspeed_settings(
-    config: DeepSpeedConfig, num_micro_batches: int, parameter_gathering: str
+    config: DeepSpeedConfig,
+    num_micro_batches: int,
+    parameter_gathering: str,
+    num_data_ranks: int,
+    bucket_sizes: Mapping[str, int] = NO_SIZES,
 ) -> dict[str, Any]:
-    """The user's DeepSpeed JSON, with what follows from the run filled in."""
-    zero = dict(config.raw.get("zero_optimization", {}), stage=config.zero_stage)
+    """The user's DeepSpeed JSON, with what follows from the run filled in.
+
+    num_data_ranks: that gradients are averaged over. DeepSpeed takes each for one with samples of its own; of
+    them those of cp share theirs, so that its batch is cp_size times what the run calls one.
+    """
+    zero = config.raw.get("zero_optimization", {}) | bucket_sizes | {"stage": config.zero_stage}
     if config.zero_stage == 3:
-        # A parameter whose next use is nearer than the reuse distance stays gathered.
+        # A parameter whose next use is nearer than the reuse distance stays gathered. The limit of those that
+        # are there stops prefetching alone.
         once = parameter_gathering == "step"
         zero["stage3_max_reuse_distance"] = NEVER_RELEASED if once else 0
-        zero["stage3_max_live_parameters"] = NEVER_RELEASED if once else 0
+        zero["stage3_max_live_parameters"] = zero.get("stage3_max_live_parameters", NEVER_RELEASED)
         # Sub-groups are groups to the gradient norm: every stage must have as many. See optimizer/recipe.py.
         zero["sub_group_size"] = NEVER_RELEASED
     return config.raw | {
         "zero_optimization": zero,
         "gradient_accumulation_steps": num_micro_batches,
+        "train_micro_batch_size_per_gpu": config.train_micro_batch_size_per_gpu,
+        "train_batch_size": config.train_micro_batch_size_per_gpu * num_micro_batches * num_data_ranks,
         "steps_per_print": NEVER_RELEASED,
         "zero_allow_untested_optimizer": True,  # ours are tested, in every layout
     }

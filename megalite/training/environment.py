@@ -57,6 +57,16 @@ def is_one_of_many() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
+def node_name() -> str:
+    """The node that this process runs on, by the name that the batch system calls it."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def store_is_served() -> bool:
+    """Whether torchrun itself serves the store at MASTER_ADDR:MASTER_PORT, where rank 0 would."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def choose_cpu_accelerator() -> None:
     """Tell DeepSpeed, before it is imported, that there is no GPU to look for."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -65,6 +75,11 @@ def choose_cpu_accelerator() -> None:
 def cpu_is_chosen() -> bool:
     """Whether the ranks are to run on the CPU, even if there is a GPU."""
     return os.environ.get("DS_ACCELERATOR") == "cpu"
+
+
+def silence_profiler() -> None:
+    """Let torch's profiler not tell of itself on standard error; nothing else speaks at so high a level."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def threads_are_set() -> bool:

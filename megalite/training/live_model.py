@@ -1,6 +1,7 @@
 """The model in training, asked for the logits of any tokens: rank 0 asks, all ranks compute."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -9,7 +10,6 @@ import torch.nn.functional as F
 
 from megalite.batch import Batch
 from megalite.parallel.mappings import start_all_gather, wait_for
-from megalite.parallel.topology import DATA_AXES
 from megalite.pipeline.p2p import Peers
 from megalite.pipeline.runner import PipelineRunner
 from megalite.pipeline.schedule import forward_only
@@ -22,15 +22,17 @@ Logits = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 class LiveModel:
     """Forward passes of a trainer's model, in whatever layout, between its optimizer steps.
 
-    Samples are spread over the data-parallel ranks. Nothing of the training changes.
+    Samples are spread over the data-parallel ranks, each over those of context parallelism. Nothing of the
+    training changes.
     """
 
     def __init__(self, trainer: StageTrainer) -> None:
         self.trainer, self.context = trainer, trainer.context
-        topology, stages = self.context.topology, self.context["pp"]
+        topology, placement = self.context.topology, trainer.placement
         self._answering = False
-        first_of_last_stage = (stages.size - 1) * topology["pp"].stride
-        self._sources = topology.members(first_of_last_stage, *DATA_AXES)  # who has logits, by data rank
+        head_rank, _ = placement.holder(placement.num_stages - 1)
+        first_with_head = head_rank * topology["pp"].stride
+        self._sources = topology.members(first_with_head, "dp")  # who has logits, by data rank
 
     def lead(self, action: Callable[[Logits], Result]) -> Result | None:
         """What an action gives on rank 0, to which it is handed `logits`; None elsewhere. Collective.
@@ -61,7 +63,7 @@ class LiveModel:
 
     def _answer(self, input_ids: torch.Tensor, starts: torch.Tensor | None) -> torch.Tensor | None:
         """One forward pass; logits on rank 0."""
-        batch, data = self._spread(input_ids, starts), self.context[DATA_AXES]
+        batch, data = self._spread(input_ids, starts), self.context["dp"]
         mine = batch.split(data.size)[data.rank].to(self.context.device)
         logits = self._forward(mine)
         num_samples, length = input_ids.shape
@@ -71,8 +73,8 @@ class LiveModel:
     def _spread(self, input_ids: torch.Tensor, starts: torch.Tensor | None) -> Batch:
         """Samples and lengths filled up to what the layout divides."""
         num_samples, length = input_ids.shape
-        more_samples = -num_samples % (self.context[DATA_AXES].size * self.context["pp"].size)
-        more_tokens = -length % self.context["tp"].size
+        more_samples = -num_samples % (self.context["dp"].size * self.context["pp"].size)
+        more_tokens = -length % (self.trainer.sequence.num_chunks * self.context["tp"].size)
         ids = F.pad(input_ids, (0, more_tokens, 0, more_samples))
         if starts is None:
             return Batch(ids)
@@ -85,18 +87,23 @@ class LiveModel:
         trainer, stages, tp = self.trainer, self.context["pp"], self.context["tp"]
         assert mine.input_ids is not None
         num_samples, length = mine.input_ids.shape
-        local_length = length // tp.size if trainer.sequence_parallel else length
+        cut = replace(trainer.sequence, length=length)
+        own = mine.part(cut.places.to(self.context.device))
+        local_length = len(cut.places) // (tp.size if trainer.sequence_parallel else 1)
         shape = (local_length, num_samples // stages.size, trainer.hidden_size)
         peers = Peers(stages.group, shape, trainer.engine.dtype, self.context.device)
         runner = PipelineRunner(trainer.engine, peers, loss_chunk=trainer.runner.loss_chunk)
         trainer.engine.begin_pass()
-        actions = forward_only(stages.rank, stages.size, stages.size)
-        outputs = runner.outputs(actions, mine.split(stages.size))
+        actions = forward_only(stages.rank, trainer.placement, stages.size)
+        outputs = runner.outputs(actions, own.split(stages.size))
         if not outputs:
             return None
         whole, work = start_all_gather(torch.cat(outputs, dim=1).movedim(-1, 0), tp.group)
         wait_for(work)
-        return whole[: trainer.vocab_size].contiguous()
+        parts = whole[: trainer.vocab_size].transpose(0, 1)  # [s/c, V, n], of all ranks along the sequence:
+        whole, work = start_all_gather(parts, cut.ranks.group)
+        wait_for(work)
+        return cut.in_order(whole, dim=0).transpose(0, 1).contiguous()
 
     def _collect(self, logits: torch.Tensor | None, mine: Batch) -> torch.Tensor | None:
         """The logits [n, s, V] of all data-parallel ranks, on rank 0."""

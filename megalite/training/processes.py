@@ -4,38 +4,49 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from megalite.error import UserError, told_to_users
+from megalite.error import UserError, exit_status_of, told_to_users
 from megalite.training.environment import Environment, cpu_is_chosen, threads_are_set
 from megalite.training.world import JobError
 from megalite.watch.liveness import Liveness
 from megalite.watch.server import leave
+from megalite.watch.witness import HangWatch
 
+Result = TypeVar("Result")
 DEATH_SECONDS = 1.0  # in which a rank's death is known to all
 
 
-def run_job(environment: Environment, job: Callable[[torch.device], object]) -> None:
-    """Call job(device) on every rank of a launch. An error on one rank ends it on all, with one line."""
-    with processes(environment) as (device, liveness):
+def run_job(
+    environment: Environment, job: Callable[[torch.device], Result], hang_watch: HangWatch | None = None
+) -> Result:
+    """What job(device) gives, on every rank of a launch. An error on one rank ends it on all, in one line.
+
+    hang_watch: by which a rank that makes no progress does the same.
+    """
+    with processes(environment, hang_watch) as (device, liveness):
         try:
-            job(device)
+            result = job(device)
         except Exception as error:
             line = told_to_users(error)
             if line is None:
                 time.sleep(DEATH_SECONDS)  # a rank that died breaks our connections: then we end here
                 sys.excepthook(type(error), error, error.__traceback__)  # ours to mend: show where
-            liveness.failed(line or f"{type(error).__name__}: {error}")
+            liveness.failed(line or f"{type(error).__name__}: {error}", exit_status_of(error))
+    return result
 
 
 @contextmanager
-def processes(environment: Environment) -> Iterator[tuple[torch.device, Liveness]]:
-    """The process group of all ranks, watched: a rank that dies ends the job, with its name."""
+def processes(
+    environment: Environment, hang_watch: HangWatch | None = None
+) -> Iterator[tuple[torch.device, Liveness]]:
+    """The process group of all ranks, watched: a rank that dies or hangs ends the job, with its name."""
     try:
-        device = _choose_device(environment)
-        liveness = _meet(environment, device)
+        device = choose_device(environment)
+        liveness = _meet(environment, device, hang_watch)
     except dist.DistNetworkError as error:
         where = f"{environment.master_addr}:{environment.master_port}"
         reason = str(error).rpartition("message: ")[2]
@@ -50,7 +61,7 @@ def processes(environment: Environment) -> Iterator[tuple[torch.device, Liveness
     dist.destroy_process_group()
 
 
-def _meet(environment: Environment, device: torch.device) -> Liveness:
+def _meet(environment: Environment, device: torch.device, hang_watch: HangWatch | None) -> Liveness:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     def publish(address: str | None) -> str:
@@ -59,10 +70,17 @@ def _meet(environment: Environment, device: torch.device) -> Liveness:
         assert box[0] is not None
         return box[0]
 
-    return Liveness.start(environment.rank, environment.world_size, publish, host=environment.master_addr)
+    return Liveness.start(
+        environment.rank,
+        environment.world_size,
+        publish,
+        host=environment.master_addr,
+        hang_watch=hang_watch,
+    )
 
 
-def _choose_device(environment: Environment) -> torch.device:
+def choose_device(environment: Environment) -> torch.device:
+    """This rank's device, as the current one. JobError where the node has fewer GPUs than ranks."""
     if torch.cuda.is_available() and not cpu_is_chosen():
         if environment.local_rank >= torch.cuda.device_count():
             raise JobError(

@@ -9,6 +9,7 @@ from megalite.data.cache import IndexCache
 from megalite.data.datasets import Datasets, build_datasets, cache_beside
 from megalite.data.error import DataError
 from megalite.data.indexed_dataset import IndexedDataset
+from megalite.data.past import Past
 from megalite.parallel.context import ParallelContext
 
 
@@ -18,9 +19,17 @@ def open_cache(run: RunConfig) -> IndexCache:
 
 
 def build_samples(
-    run: RunConfig, batch_samples: int, cache: IndexCache | None = None, progress: bool = False
+    run: RunConfig,
+    batch_samples: int,
+    cache: IndexCache | None = None,
+    progress: bool = False,
+    train_samples: int | None = None,
+    past: Past | None = None,
 ) -> Datasets:
     """Training samples for all optimizer steps of `batch_samples`, and validation samples, if there are any.
+
+    train_samples: another number of the former, of a run whose batches were not all alike.
+    past: what a run that goes on has read.
 
     Raises DataError when the run names no data, or data that cannot serve.
     """
@@ -32,11 +41,12 @@ def build_samples(
         data.validation,
         split=data.split,
         seq_length=data.seq_length,
-        train_samples=steps * batch_samples,
+        train_samples=steps * batch_samples if train_samples is None else train_samples,
         validation_samples=num_validations * per_validation,
         seed=run.seed,
         cache=cache,
         progress=progress,
+        past=past,
     )
 
 

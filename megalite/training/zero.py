@@ -9,30 +9,14 @@ stage, precision         wrapper                   fp32 master weights
 A parameter that is not trained has no master: ZeRO-3 partitions it, the others leave it whole.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-
-@dataclass(frozen=True)
-class MasterSlice:
-    """The elements [start, start + numel) of a flattened parameter, whose fp32 masters this rank steps.
-
-    They lie at `offset` in `flat`, the tensor that the inner optimizer knows.
-    """
-
-    parameter: nn.Parameter
-    start: int
-    numel: int
-    flat: torch.Tensor
-    offset: int
-
-    def view(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The slice's elements in `flat`, or in a state of the same shape; a live view."""
-        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
+from megalite.optimizer.slices import MasterSlice
 
 
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -117,6 +101,44 @@ def clear_gradients(optimizer: Any) -> None:
     for partition in optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values():
         partition.zero_()
     optimizer.micro_step_id = 1
+
+
+_SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+def loss_scale_state(optimizer: Any) -> dict[str, float]:
+    """Where fp16's search for a loss scale stands, the same on every rank; empty where none is searched."""
+    scaler = getattr(optimizer, "loss_scaler", None)
+    return {name: getattr(scaler, name) for name in _SCALER_FIELDS} if _searches(scaler) else {}
+
+
+def set_loss_scale(optimizer: Any, state: Mapping[str, float]) -> None:
+    """Let the search stand where `loss_scale_state` was taken; that of another precision says nothing."""
+    scaler = getattr(optimizer, "loss_scaler", None)
+    if _searches(scaler):
+        for name, value in state.items():
+            setattr(scaler, name, value)
+
+
+def _searches(scaler: Any) -> bool:
+    return getattr(scaler, "dynamic", False)
+
+
+@contextmanager
+def with_shapes(optimizer: Any, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let parameters take a gradient though ZeRO-3 has not gathered them: its shape is what counts.
+
+    The numbers are one zero, repeated without memory: nobody may read them.
+    """
+    partitioned: Any = parameters if is_stage3(optimizer) else []
+    released = [(p, p.data) for p in partitioned if p.shape != p.ds_shape]
+    for parameter, nothing in released:
+        parameter.data = nothing.new_zeros(1).expand(parameter.ds_shape)
+    try:
+        yield
+    finally:
+        for parameter, nothing in released:
+            parameter.data = nothing
 
 
 def _flat_partitions(optimizer: Any) -> list[torch.Tensor]:

@@ -48,8 +48,7 @@ def test_a_section_takes_the_place_of_its_former_self_only(tmp_path):
 def test_an_unknown_benchmark_is_one_line(capsys):
     assert run.main(["nothing"]) == 2
     assert (
-        "error: no benchmark 'nothing': known are conversion, data_index, data_samples"
-        in capsys.readouterr().err
+        "error: no benchmark 'nothing': known are context, conversion, data_index" in capsys.readouterr().err
     )
 
 

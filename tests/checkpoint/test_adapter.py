@@ -18,6 +18,7 @@ from megalite.checkpoint.format import CheckpointError, list_steps
 from megalite.checkpoint.hf import export
 from megalite.checkpoint.load import TensorReader, find_checkpoint, load_pieces
 from megalite.checkpoint.model import build_megalite_model, load_stage, megalite_logits
+from megalite.checkpoint.retention import Retention
 from megalite.checkpoint.save import save_checkpoint
 from megalite.checkpoint.verification import verify_export
 from megalite.checkpoint.weights import Weights
@@ -152,7 +153,7 @@ def test_a_base_among_a_runs_own_checkpoints_is_kept(tmp_path):
     shutil.copytree(tuned.base, root / "step-00000000")
     for step in (1, 2, 3):
         ranks = cut_all({("weight", "w"): torch.ones(1)}, lambda name, full: Cut(None))
-        options = {"rank": 0, "world_size": 1, "gather": alone, "keep_last": 1}
+        options = {"rank": 0, "world_size": 1, "gather": alone, "retention": Retention(last=1)}
         save_checkpoint(root, step, ranks[0], {"step": step}, {}, base=root / "step-00000000", **options)
     assert list_steps(root) == [0, 3]
 

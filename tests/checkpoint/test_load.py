@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from megalite.checkpoint import load
+from megalite.checkpoint import damage, load
 from megalite.checkpoint.format import CheckpointError, Piece
 from megalite.checkpoint.load import (
     PLACES,
@@ -274,13 +274,13 @@ def test_many_ranks_share_out_the_checksums_and_agree(tmp_path, monkeypatch, fil
     older, newer = saved(tmp_path, 100), saved(tmp_path, 200)
     flip_a_byte(newer / file)
     hashed: list[str] = []
-    real = load.hash_file
+    real = damage.hash_file
 
     def spy(path):
         hashed.append(str(path))
         return real(path)
 
-    monkeypatch.setattr(load, "hash_file", spy)
+    monkeypatch.setattr(damage, "hash_file", spy)
     lines: list[str] = []
     found = run_world(
         3,

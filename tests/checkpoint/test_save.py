@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import traceback
 from typing import Any
 
@@ -14,7 +15,9 @@ from safetensors import safe_open
 from megalite.checkpoint import save
 from megalite.checkpoint.format import CheckpointError, Piece, list_steps, read_manifest
 from megalite.checkpoint.load import find_checkpoint, read_state, read_tensor
+from megalite.checkpoint.retention import Retention
 from megalite.checkpoint.save import save_checkpoint
+from megalite.checkpoint.space import SPARE_BYTES
 from tests.checkpoint.worlds import alone, cut_all, even_cut, run_world, save_world
 
 FULL = torch.arange(24, dtype=torch.float32).reshape(6, 4)
@@ -31,9 +34,10 @@ def one_rank(scale: float = 1.0) -> list[Piece]:
     return [Piece("w", "weight", (6, 4), (0, 0), (6, 4), 0, scale * FULL.reshape(-1))]
 
 
-def save_alone(root, step, pieces, keep_last=0, state=None, files=None):
+def save_alone(root, step, pieces, state=None, files=None, **retention):
+    kept = Retention(**retention)
     return save_checkpoint(
-        root, step, pieces, state or {}, files or {}, rank=0, world_size=1, gather=alone, keep_last=keep_last
+        root, step, pieces, state or {}, files or {}, rank=0, world_size=1, gather=alone, retention=kept
     )
 
 
@@ -88,39 +92,6 @@ def test_an_error_on_one_rank_is_an_error_on_all_and_leaves_nothing(tmp_path, mo
     assert find_checkpoint(tmp_path) == kept
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename"])
-def test_a_process_that_dies_at_any_sync_or_rename_leaves_a_valid_checkpoint(tmp_path, monkeypatch, call):
-    """KeyboardInterrupt stands for death: nothing cleans up after it."""
-    real = getattr(os, call)
-    deaths = 0
-    for moment in range(20):
-        root = tmp_path / f"{call}-{moment}"
-        save_alone(root, 1, one_rank(1), files={"config.yaml": "a: 1\n"})
-        save_alone(root, 2, one_rank(2), files={"config.yaml": "a: 1\n"})
-        num_calls = 0
-
-        def die(*args, moment=moment):
-            nonlocal num_calls
-            num_calls += 1
-            if num_calls > moment:
-                raise KeyboardInterrupt
-            return real(*args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(os, call, die)
-            try:
-                save_alone(root, 3, one_rank(3), keep_last=2, files={"config.yaml": "a: 1\n"})
-            except KeyboardInterrupt:
-                deaths += 1
-        found = find_checkpoint(root, report=pytest.fail)  # nothing half-written is even looked at
-        assert found is not None
-        scale = read_manifest(found).step
-        assert scale in (2, 3) and read_tensor(found, "weight", "w").equal(scale * FULL)
-        save_alone(root, 4, one_rank(4), keep_last=2)  # and the next save clears what is left
-        assert not list(root.glob("*.tmp"))
-    assert deaths == {"fsync": 6, "rename": 2}[call]  # each moment was met; later ones did not die
-
-
 def test_everything_is_synced_before_the_rename_and_the_parent_after_it(tmp_path, monkeypatch):
     events: list[str] = []
     real_fsync, real_rename = os.fsync, os.rename
@@ -143,18 +114,18 @@ def test_everything_is_synced_before_the_rename_and_the_parent_after_it(tmp_path
 
 def test_old_checkpoints_are_removed_and_the_newest_never(tmp_path):
     for step in (10, 20, 30, 40):
-        save_alone(tmp_path, step, one_rank(), keep_last=2)
+        save_alone(tmp_path, step, one_rank(), last=2)
     assert list_steps(tmp_path) == [30, 40]
-    save_alone(tmp_path, 50, one_rank(), keep_last=1)
+    save_alone(tmp_path, 50, one_rank(), last=1)
     assert list_steps(tmp_path) == [50]
-    save_alone(tmp_path, 60, one_rank(), keep_last=0)
+    save_alone(tmp_path, 60, one_rank(), last=0)
     assert list_steps(tmp_path) == [50, 60]
 
 
 def test_a_run_that_was_wound_back_keeps_what_it_writes(tmp_path):
     for step in (10, 20, 30):
         save_alone(tmp_path, step, one_rank())
-    save_alone(tmp_path, 15, one_rank(), keep_last=1)
+    save_alone(tmp_path, 15, one_rank(), last=1)
     assert list_steps(tmp_path) == [15, 20, 30]
 
 
@@ -187,14 +158,12 @@ def test_a_tensor_that_nobody_owns_is_refused(tmp_path):
 def test_a_bug_keeps_its_traceback_where_it_is_and_the_other_ranks_hear_of_it(tmp_path):
     def save_on(rank, gather):
         state = {"rng": torch.zeros(2)}  # which JSON does not hold
-        return save_checkpoint(
-            tmp_path, 1, ranks[rank], state, {}, rank=rank, world_size=4, gather=gather, keep_last=0
-        )
+        return save_checkpoint(tmp_path, 1, ranks[rank], state, {}, rank=rank, world_size=4, gather=gather)
 
     ranks = four_ranks()
     first, *others = run_world(4, save_on)
     assert type(first) is TypeError and "is not JSON serializable" in str(first)
-    assert any(frame.name == "_write_texts" for frame in traceback.extract_tb(first.__traceback__))
+    assert any(frame.name == "write_texts" for frame in traceback.extract_tb(first.__traceback__))
     assert all(type(error) is CheckpointError for error in others)
     assert all(
         "step-00000001 was not saved: rank 0: TypeError: Object of type Tensor" in str(e) for e in others
@@ -234,3 +203,26 @@ def test_a_piece_that_cannot_be_is_refused(change, message):
     Piece(**fields | {"tensor": torch.zeros(4, dtype=torch.bfloat16)})
     with pytest.raises(CheckpointError, match=message):
         Piece(**(fields | change))
+
+
+def test_the_best_and_those_of_round_steps_stay_as_their_states_say(tmp_path):
+    for step, loss in ((10, 1.0), (20, 0.5), (30, None), (40, 0.7), (50, 0.9)):
+        state = {} if loss is None else {"validation_loss": loss}
+        save_alone(tmp_path, step, one_rank(), state=state, last=1, every_steps=30, best=1)
+    assert list_steps(tmp_path) == [20, 30, 50]
+    (tmp_path / "step-00000020" / "state.json").write_text("{")  # damaged: nothing to keep it for
+    save_alone(tmp_path, 60, one_rank(), last=1, every_steps=30, best=1)
+    assert list_steps(tmp_path) == [30, 50, 60]
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    save_alone(tmp_path, 10, one_rank())
+    size_bytes = sum(piece.tensor.nbytes for rank in four_ranks() for piece in rank if piece.owned)
+    usage = lambda free: lambda folder: shutil._ntuple_diskusage(0, 0, free)  # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", usage(size_bytes + SPARE_BYTES - 1))
+    with pytest.raises(CheckpointError, match=r"has 1\.0 MB free and a checkpoint needs 1\.0 MB: free some"):
+        save_world(tmp_path, 20, four_ranks())
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000010"]
+    monkeypatch.setattr(shutil, "disk_usage", usage(size_bytes + SPARE_BYTES))
+    save_world(tmp_path, 20, four_ranks())
+    assert list_steps(tmp_path) == [10, 20]

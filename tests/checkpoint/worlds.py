@@ -97,7 +97,6 @@ def save_world(
     ranks: list[list[Piece]],
     state: dict[str, Any] | None = None,
     files: dict[str, str] | None = None,
-    keep_last: int = 0,
 ) -> Path:
     """Save from as many ranks as there are lists of pieces; raises what they raised."""
     results = run_world(
@@ -111,7 +110,6 @@ def save_world(
             rank=rank,
             world_size=len(ranks),
             gather=gather,
-            keep_last=keep_last,
         ),
     )
     errors = [result for result in results if isinstance(result, Exception)]

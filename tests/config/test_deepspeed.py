@@ -75,6 +75,14 @@ def test_zero_is_off_and_precision_is_fp32_unless_stated(load):
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "auto"}}},
             'zero_optimization.offload_optimizer.device is "auto" in {path}: nothing else decides it',
         ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}},
+            'zero_optimization.offload_optimizer is {{"device": "cpu"}} in {path}: masters and moments',
+        ),
+        (
+            {"bf16": {"enabled": True, "bf16_optimizer_states": True}, "zero_optimization": {"stage": 1}},
+            "bf16.bf16_optimizer_states is true in {path}: masters and moments are fp32, on the device",
+        ),
         ({"fp16": {"loss_scale": "auto"}}, 'fp16.loss_scale is "auto" in {path}: nothing else decides it'),
         ({"odd": [1, {"x": "auto"}]}, 'odd.1.x is "auto" in {path}: nothing else decides it'),
         ({"bf16": {"enabled": True}, "fp16": {"enabled": True}}, "bf16 and fp16 are both enabled"),

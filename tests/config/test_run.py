@@ -17,6 +17,27 @@ CASES = [
     ),
     (["data.seq_length=257"], 1, ["data.seq_length 257", "model.max_position_embeddings 256"]),
     (["data.seq_length=127", "parallel.tp_size=2"], 2, ["data.seq_length 127", "tp_size 2", "l=false"]),
+    (["parallel.cp_size=2", "parallel.tp_size=2"], 6, ["6 processes", "tp_size 2 x pp_size 1 x cp_size 2"]),
+    (["parallel.cp_size=3"], 3, ["data.seq_length 128", "by 6, 2 chunks", "parallel.cp_size 3"]),
+    (
+        ["parallel.cp_size=2", "parallel.tp_size=4", "data.seq_length=124"],
+        8,
+        ["data.seq_length 124 / parallel.cp_size 2", "parallel.tp_size 4", "sequence_parallel=false"],
+    ),
+    (
+        ["parallel.cp_size=4", "parallel.tp_size=4", "parallel.context_attention=heads"],
+        16,
+        ["num_attention_heads makes 2 on each of parallel.tp_size 4", "parallel.cp_size 4", "=gather"],
+    ),
+    (
+        [
+            *("parallel.cp_size=6", "data.seq_length=120", "parallel.context_attention=heads"),
+            *("model.num_attention_heads=12", "model.num_key_value_heads=4"),
+        ],
+        6,
+        ["num_key_value_heads makes 4 on each of parallel.tp_size 1", "parallel.cp_size 6"],
+    ),
+    ([*EXPERTS, "parallel.ep_size=4", "parallel.cp_size=2"], 6, ["parallel.ep_size 4", "ranks, 6"]),
     (["parallel.pp_size=5"], 5, ["parallel.pp_size 5", "model.num_hidden_layers 4"]),
     (["parallel.ep_size=2"], 2, ["parallel.ep_size 2", "model.n_routed_experts"]),
     ([*EXPERTS, "parallel.ep_size=3"], 3, ["parallel.ep_size 3", "model.n_routed_experts, 8"]),
@@ -42,6 +63,9 @@ def test_a_layout_that_does_not_fit_is_refused_with_both_numbers(overrides, worl
         (["parallel.tp_size=2", "parallel.pp_size=2"], 8),
         (["parallel.tp_size=8"], 8),  # each key-value head on two ranks
         (["parallel.pp_size=4"], 4),
+        (["parallel.cp_size=4", "parallel.tp_size=2"], 16),
+        (["parallel.cp_size=8", "parallel.context_attention=heads"], 8),  # copies of key-value heads
+        ([*EXPERTS, "parallel.ep_size=4", "parallel.cp_size=2"], 4),  # over dp x cp
         ([*EXPERTS, "parallel.ep_size=4", "parallel.tp_size=2", "parallel.pp_size=2"], 16),
         (["data.seq_length=127", "parallel.tp_size=2", "parallel.sequence_parallel=false"], 2),
     ],
@@ -147,3 +171,63 @@ def test_an_evaluation_needs_tasks_and_a_tokenizer(overrides, key):
     tasks = "logging.evaluate_tasks=[wikitext]"
     assert load_run(None, [every, tasks, "data.train=corpus", "data.tokenizer=bytes"])
     assert load_run(None, [every, tasks]).data.tokenizer is None  # the default data brings its own
+
+
+def test_options_of_another_loss_are_refused():
+    for option, loss in (("margin", "simpo"), ("desirable_weight", "kto"), ("undesirable_weight", "kto")):
+        stated = f"preference.{option}=0.5"
+        with pytest.raises(ConfigError, match=f"{option} 0.5 belongs to loss {loss}, and loss is dpo"):
+            load_run(None, [stated])
+        assert getattr(load_run(None, [stated, f"preference.loss={loss}"]).preference, option) == 0.5
+    kto = load_run(None, ["task=prefer", "preference.loss=kto"])
+    assert (kto.rows_per_sample, load_run(None, ["task=prefer"]).rows_per_sample) == (1, 2)
+    assert load_run(None, ["preference.loss=kto"]).rows_per_sample == 1  # which another task does not use
+
+
+def test_muon_and_adapters_are_refused():
+    with pytest.raises(
+        ConfigError, match=r"optimizer.name 'muon' .* lora.rank 8 .*: set optimizer.name=adamw"
+    ):
+        load_run(None, ["optimizer.name=muon", "lora.rank=8"])
+
+
+@pytest.mark.parametrize("other", ["use_qk_norm", "attention_bias"])
+def test_qk_clip_is_refused_where_logits_depend_on_more_than_weights(other):
+    overrides = ["optimizer.name=muon", "optimizer.muon.qk_clip=100.0"]
+    load_run(None, overrides).check_optimizer({})
+    with pytest.raises(ConfigError, match=rf"optimizer.muon.qk_clip 100 .* model.{other} is true"):
+        load_run(None, [*overrides, f"model.{other}=true"]).check_optimizer({})
+
+
+def test_qk_clip_is_refused_where_no_rank_has_whole_sequences():
+    overrides = ["optimizer.name=muon", "optimizer.muon.qk_clip=100.0", "parallel.cp_size=2"]
+    with pytest.raises(ConfigError, match=r"whole sequences and parallel.cp_size is 2: set .*qk_clip=null"):
+        load_run(None, overrides).check_optimizer({})
+
+
+@pytest.mark.parametrize(
+    ("raw", "named"),
+    [
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload_optimizer"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, "offload_param"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size"),
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16.bf16_master_weights"),
+    ],
+)
+def test_options_under_which_masters_are_elsewhere_are_refused_for_muon_alone(raw, named):
+    load_run(None).check_optimizer(raw)
+    with pytest.raises(ConfigError, match=f"optimizer.name 'muon' needs fp32 masters .*{named}.*: remove it"):
+        load_run(None, ["optimizer.name=muon"]).check_optimizer(raw)
+
+
+def test_options_that_say_no_are_none_for_muon():
+    raw = {"zero_optimization": {"offload_optimizer": {"device": "none"}, "cpu_offload": False}}
+    load_run(None, ["optimizer.name=muon"]).check_optimizer(raw)
+
+
+def test_tiles_are_refused_where_each_would_have_scales_of_its_own():
+    load_run(None, ["parallel.mlp_tile_tokens=64"])
+    with pytest.raises(
+        ConfigError, match=r"mlp_tile_tokens 64 would scale each tile by itself .*: set it to 0"
+    ):
+        load_run(None, ["parallel.mlp_tile_tokens=64", "fp8.recipe=rowwise"])

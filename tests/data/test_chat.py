@@ -2,7 +2,8 @@
 
 import gzip
 import json
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pyarrow
@@ -19,6 +20,7 @@ from megalite.data.chat_samples import ChatDatasets, SampleRow
 from megalite.data.error import DataError
 from megalite.data.fingerprint import check_same_data, describe_data
 from megalite.data.packing import SampleOrder
+from megalite.data.unpaired_loader import UnpairedLoader
 from megalite.tokenizer.load import build_byte_tokenizer
 from megalite.tokenizer.template import ChatTemplate, open_template
 
@@ -120,9 +122,21 @@ BAD_PAIRS = [
 ]
 
 
+BAD_ANSWERS = [
+    ({"prompt": "p", "completion": "c"}, "no prompt, completion and label"),
+    ({"prompt": "p", "chosen": "c", "rejected": "d"}, "no prompt, completion and label"),
+    ({"prompt": "p", "completion": "c", "label": 1}, "label that is neither true nor false"),
+    ({"prompt": "p", "completion": "c", "label": None}, "no prompt, completion and label"),
+    ({"prompt": "p", "completion": "c", "label": "true"}, "label that is neither true nor false"),
+    ({"prompt": "p", "completion": "", "label": True}, "empty completion"),
+    ({"prompt": "p", "completion": "c" * 63, "label": False}, "more than 64 tokens"),
+]
+
+
 @pytest.mark.parametrize("kind, bad, good", [
     ("conversations", BAD, {"text": "x" * 63}),
     ("pairs", BAD_PAIRS, {"prompt": "p", "chosen": "a", "rejected": "b" * 62}),
+    ("unpaired", BAD_ANSWERS, {"prompt": "p", "completion": "c" * 62, "label": False}),
 ])  # fmt: skip
 def test_records_that_cannot_be_used_are_counted_by_reason_with_the_first_of_each(tmp_path, kind, bad, good):
     path, said = tmp_path / "a.jsonl", []
@@ -236,11 +250,15 @@ def test_a_damaged_entry_is_made_again_with_a_warning(tmp_path, file):
     assert [one.name for one in (tmp_path / "cache").iterdir()] == [entry.name]
 
 
+def opened_texts(path, folder):
+    return list(texts(opened("conversations", path, folder)))
+
+
 def test_several_may_prepare_at_once(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"messages": talk("q", str(i))} for i in range(50)])
-    with ThreadPoolExecutor(4) as threads:
-        futures = [threads.submit(opened, "conversations", path, tmp_path) for _ in range(4)]
-        found = [list(texts(future.result())) for future in futures]
+    with ProcessPoolExecutor(4, multiprocessing.get_context("fork")) as processes:
+        futures = [processes.submit(opened_texts, path, tmp_path) for _ in range(4)]
+        found = [future.result() for future in futures]
     assert found == [found[0]] * 4 and len(found[0]) == 50
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
@@ -362,10 +380,73 @@ def test_pairs_are_not_parted_or_packed_and_references_must_fit(pairs, many):
         batch.split(2)
     with pytest.raises(DataError, match=r"set data\.packing=false"):
         pairs.samples(SHUFFLED, 4)
-    with pytest.raises(DataError, match=r"expected \[10, 2\] of pairs, found \[9, 2\]"):
+    with pytest.raises(DataError, match=r"expected \[10, 2\] of pairs or answers, found \[9, 2\]"):
         loader_of(pairs.samples(IN_ORDER, 4), references=np.zeros((9, 2)))
     with pytest.raises(DataError, match="references"):
         loader_of(many.samples(IN_ORDER, 4), references=np.zeros((30, 1)))
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Prompts of 2 to 4 tokens, answers of 5 to 3, so that some mixtures are too long; a third is bad."""
+    folder = tmp_path_factory.mktemp("answers")
+    rows = [
+        {"prompt": f"{i}:" + "p" * (i % 3), "completion": chr(97 + i) * (4 - i % 3), "label": i % 3 > 0}
+        for i in range(10)
+    ]
+    return opened("unpaired", write(folder / "answers.jsonl", rows), folder, seq_length=7)
+
+
+def unpaired_loader_of(samples, batch=4, micro=2, rank=0, size=1, **options):
+    return UnpairedLoader(
+        samples, global_batch_samples=batch, num_micro_batches=micro, dp_rank=rank, dp_size=size,
+        **{"vocab_size": 257, **options},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dp_size, micro", [(1, 1), (1, 4), (2, 2), (4, 1)])
+def test_a_mismatched_row_has_the_answer_of_the_sample_before_in_the_global_batch(answers, dp_size, micro):
+    references = np.arange(40, dtype=np.float64).reshape(20, 2)
+    samples = answers.samples(SampleOrder(7, 3, False, True), 20)
+    seen = []
+    for rank in range(dp_size):
+        for batch in unpaired_loader_of(samples, 4, micro, rank, dp_size, references=references).batch(8):
+            assert batch.input_ids.shape == batch.mismatched.input_ids.shape == (4 // dp_size // micro, 7)
+            mixed = batch.mismatched
+            seen += zip(
+                batch.input_ids, batch.labels, batch.references, batch.desirable,
+                mixed.input_ids, mixed.labels, mixed.references, strict=True,
+            )  # fmt: skip
+    items = [int(samples.items(position)[0]) for position in range(8, 12)]
+    for place, (ids, labels, reference, desirable, *mixed) in enumerate(seen):
+        item, other = items[place], items[place - 1]  # the first one's is the last
+        prompt = f"{item}:" + "p" * (item % 3)
+        own, theirs = ([*(chr(97 + i) * (4 - i % 3)).encode(), EOS] for i in (item, other))
+        assert desirable.item() is (item % 3 > 0)
+        for row, learnt, answer in ((ids, labels, own), (*mixed[:2], theirs)):
+            whole = [*prompt.encode(), *answer][:7]
+            assert row.tolist() == whole + [0] * (7 - len(whole))
+            assert learnt[learnt != IGNORED].tolist() == whole[len(prompt) :]
+            assert (learnt[: len(prompt) - 1] == IGNORED).all()
+        assert (reference.item(), mixed[2].item()) == (2 * (8 + place), 2 * (8 + place) + 1)
+    assert len(seen) == 4 and len(set(items)) == 4
+
+
+def test_single_answers_are_not_packed_and_are_compared_with_others(answers):
+    with pytest.raises(DataError, match=r"set data\.packing=false"):
+        answers.samples(SHUFFLED, 4)
+    samples = answers.samples(SampleOrder(7, 3, False, True), 20)
+    with pytest.raises(DataError, match="20 samples are no whole batches of 6: keep the run's former"):
+        unpaired_loader_of(samples, 6, 1)
+    with pytest.raises(DataError, match="train_batch_size is 1: use 2 or more"):
+        unpaired_loader_of(samples, 1, 1)
+    with pytest.raises(DataError, match=r"expected \[20, 2\] of pairs or answers, found \[10, 2\]"):
+        unpaired_loader_of(samples, references=np.zeros((10, 2)))
+    [middle] = unpaired_loader_of(samples, 4, 1, reads_tokens=False).batch(0)
+    assert middle.input_ids is None and middle.mismatched.labels is None
+    assert middle.mismatched.padding.shape == (4, 7)
+    [source] = answers.sources
+    assert f"10 sequences, 70 tokens, {sum(5 - i % 3 for i in range(10))} learnt" in source.summary()
 
 
 def test_once_gives_each_pair_in_order_and_fills_the_last_batch_from_the_beginning(pairs):

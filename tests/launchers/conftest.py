@@ -12,7 +12,7 @@ from megalite.tokenizer.load import load_tokenizer
 from tests.launchers.jobs import ROOT, Ended, Job, deepspeed
 
 ZERO3 = str(ROOT / "configs/deepspeed/zero3.json")
-NUM_STEPS, WARMUP_STEPS, PEAK, VALIDATE_EVERY = 8, 3, 1e-3, 4
+NUM_STEPS, WARMUP_STEPS, PEAK, VALIDATE_EVERY, TIMELINE_AT = 8, 3, 1e-3, 4, 3
 
 
 class Finished(NamedTuple):
@@ -58,6 +58,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, prefix: str, extensi
         "checkpoint.save_every_steps=1",
         f"logging.validate_every_steps={VALIDATE_EVERY}",
         "logging.validation_steps=1",
+        f"logging.timeline_at_step={TIMELINE_AT}",
     ]
     command = deepspeed(4, *arguments, f"output_dir={folder}/run")
     with Job(command, folder, TORCH_EXTENSIONS_DIR=str(extensions)) as job:

@@ -22,6 +22,7 @@ PRETRAIN = str(ROOT / "launchers" / "pretrain.py")
 LAUNCHER_NAMES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR")
 LEAVING_SECONDS = 10
 MARK = "MEGALITE_TEST_JOB"
+TIMED = {"step_seconds", "tokens_per_second", "mfu", "save_stall_seconds"}
 
 
 class Ended(NamedTuple):
@@ -99,10 +100,10 @@ def user_environment() -> dict[str, str]:
     return names | cpu | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
-def deepspeed(num_ranks: int, *arguments: str) -> list[str]:
-    """The project's main command, on a port of its own."""
+def deepspeed(num_ranks: int, *arguments: str, script: str = PRETRAIN) -> list[str]:
+    """The project's main command, on a port of its own. script: in place of the launcher."""
     port = str(reserve_port())
-    return ["deepspeed", "--num_gpus", str(num_ranks), "--master_port", port, PRETRAIN, *arguments]
+    return ["deepspeed", "--num_gpus", str(num_ranks), "--master_port", port, script, *arguments]
 
 
 def read_rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -110,6 +111,11 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     file = run_dir / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def untimed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what no two runs share."""
+    return {name: value for name, value in row.items() if name not in TIMED}
 
 
 def wait_for(condition: Callable[[], Any], seconds: float, job: Job) -> None:

@@ -11,10 +11,9 @@ from megalite.data.gpt_dataset import GPTDataset
 from megalite.data.indexed_dataset import IndexedDataset, bin_path
 from megalite.data.indexed_writer import IndexedDatasetWriter
 from tests.launchers.conftest import NUM_STEPS, Finished
-from tests.launchers.jobs import ROOT, Ended, Job, deepspeed, read_rows, wait_for
+from tests.launchers.jobs import ROOT, Ended, Job, deepspeed, read_rows, untimed, wait_for
 
 MOST_SECONDS = 60  # the promise; it takes about two
-TIMED = {"step_seconds", "tokens_per_second", "mfu"}
 
 
 def kill_in_training(arguments: list[str], folder: Path, victim: int, step: int) -> tuple[Ended, int, float]:
@@ -52,10 +51,6 @@ def test_a_run_that_is_killed_twice_ends_each_time_and_continues_bit_for_bit(
     rows, expected = read_rows(tmp_path / "run"), read_rows(uninterrupted.folder)
     assert [row["step"] for row in rows] == list(range(1, NUM_STEPS + 1))
     assert [untimed(row) for row in rows] == [untimed(row) for row in expected]
-
-
-def untimed(row: dict) -> dict:
-    return {name: value for name, value in row.items() if name not in TIMED}
 
 
 def test_a_rank_that_fails_is_named_with_its_reason(tmp_path: Path):

@@ -70,7 +70,7 @@ def test_a_resumed_run_routes_as_the_one_that_never_stopped(
     shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step-{NUM_STEPS:08}")
     end = start(prefix, tmp_path)
     assert "resumed from" in end.stdout and "trained 3 steps" in end.stdout
-    timing = {"step_seconds", "tokens_per_second", "mfu"}
+    timing = {"step_seconds", "tokens_per_second", "mfu", "save_stall_seconds"}
     resumed, expected = (
         [{name: value for name, value in row.items() if name not in timing} for row in read_rows(folder)]
         for folder in (tmp_path / "run", whole[1])

@@ -66,6 +66,22 @@ def rank_0_of(world_size: int) -> dict[str, str]:
         (6, ["parallel.tp_size=2", "parallel.pp_size=2"], ["6 processes", "tp_size 2 x pp_size 2", "of 4"]),
         (3, ["parallel.tp_size=3"], ["num_attention_heads 8 is not divisible by parallel.tp_size 3"]),
         (5, ["parallel.pp_size=5"], ["pp_size 5 exceeds model.num_hidden_layers 4", "at most 4 stages"]),
+        (
+            3,
+            ["parallel.pp_size=3", "parallel.pipeline_schedule=zbv"],
+            ["pp_size 3 x 2 chunks of pipeline_schedule zbv exceeds model.num_hidden_layers 4", "at most 4"],
+        ),
+        (2, ["parallel.pp_size=2", "parallel.num_chunks=2"], ["num_chunks is 2", "1f1b has 1: set"]),
+        (
+            2,
+            ["parallel.pp_size=2", "parallel.pipeline_schedule=zb-h1", "lora.rank=4"],
+            ["lora.rank 4 freezes weights", "pipeline_schedule zb-h1", "interleaved"],
+        ),
+        (
+            1,
+            ["fp8.recipe=rowwise", "model.intermediate_size=648"],
+            ["fp8.recipe rowwise needs multiples of 16", "model.intermediate_size makes 648", "recipe=none"],
+        ),
         (3, [], ["train_batch_size 16 is not divisible by", "2 x 3 data-parallel ranks = 6"]),
         (1, ["data.seq_length=512"], ["seq_length 512 exceeds model.max_position_embeddings 256"]),
         (1, ["parallel.tensor_size=2"], ["unknown key 'parallel.tensor_size' on the command", "tp_size'?"]),

@@ -12,7 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from launchers import pretrain
 from megalite.checkpoint.load import find_checkpoint, read_state
 from megalite.config.load import load_run
-from tests.launchers.conftest import NUM_STEPS, ZERO3, Finished
+from megalite.measure.timeline import Span, read_timelines
+from megalite.pipeline.schedule import orders_of
+from tests.launchers.conftest import NUM_STEPS, TIMELINE_AT, ZERO3, Finished
 from tests.launchers.jobs import BIN, PRETRAIN, Job, read_rows, wait_for
 from tests.ports import reserve_port
 
@@ -49,6 +51,38 @@ def test_the_folder_says_what_the_run_was(uninterrupted: Finished, tmp_path: Pat
     assert run != load_run(None, overrides)
     assert json.loads((folder / "deepspeed.json").read_text()) == json.loads(Path(ZERO3).read_text())
     assert not [path for path in folder.rglob("*") if path.name.endswith((".tmp", ".partial"))]
+
+
+CLOCKS_SECONDS = 5e-4  # by how much torch's profiler and the runner may differ
+
+
+def is_within(one: Span, other: Span) -> bool:
+    return (
+        other.begin_seconds - CLOCKS_SECONDS <= one.begin_seconds
+        and one.end_seconds <= other.end_seconds + CLOCKS_SECONDS
+    )
+
+
+def test_a_step_leaves_a_timeline_of_what_every_rank_did(uninterrupted: Finished):
+    timelines = read_timelines(uninterrupted.folder)
+    assert [t.facts["pipeline"] for t in timelines] == [0, 1, 0, 1]  # rank = pp_rank * 2 + tp_rank
+    orders, _ = orders_of("1f1b", 2, 16 // 2)
+    for timeline in timelines:
+        assert timeline.facts["step"] == TIMELINE_AT
+        computed = timeline.lane("compute")
+        expected = [
+            (type(action).__name__, action.micro_batch) for action in orders[timeline.facts["pp_rank"]]
+        ]
+        assert [(s.detail["action"], s.detail["micro_batch"]) for s in computed] == expected
+        assert len(timeline.lane("transfer")) == 8
+        waits, collectives = timeline.lane("collective wait"), timeline.lane("collective")
+        assert len(waits) > 8 * 4
+        for number, wait in enumerate(waits, start=1):  # of layers, within computations
+            assert any(is_within(wait, span) for span in computed)
+            assert sum(span.begin_seconds <= wait.end_seconds for span in collectives) >= number
+        [update] = timeline.lane("update")
+        assert update.begin_seconds >= computed[-1].end_seconds
+        assert all(0 <= s.begin_seconds <= s.end_seconds for s in timeline.spans)
 
 
 def test_tensorboard_shows_the_rows(uninterrupted: Finished):

@@ -26,6 +26,7 @@ def open_metrics(folder, last_step=0, tensorboard=False, stream=None, **progress
 def record(metrics, *steps, **values):
     for step in steps:
         row = {"loss": 5.0 / step, "grad_norm": 1.5, "learning_rate": 1e-3, "step_seconds": 0.5}
+        row |= {"consumed_samples": 8 * step}
         metrics.record(step=step, **{**row, **values})
 
 
@@ -45,15 +46,15 @@ def test_speed_is_tokens_over_time_and_mfu_is_model_flops_over_peak():
 def test_a_row_has_every_field_of_the_contract(tmp_path):
     metrics = open_metrics(tmp_path)
     record(metrics, 1)
-    record(metrics, 2, validation_loss=2.75)
+    record(metrics, 2, validation_loss=2.75, consumed_samples=24)  # 8 of them were left out
     metrics.close()
     assert rows_of(tmp_path)[1] == {
         "step": 2,
         "loss": 2.5,
         "grad_norm": 1.5,
         "learning_rate": 1e-3,
-        "consumed_samples": 16,
-        "consumed_tokens": 2048,
+        "consumed_samples": 24,
+        "consumed_tokens": 3072,
         "step_seconds": 0.5,
         "tokens_per_second": 2048.0,
         "mfu": pytest.approx(0.12288),
@@ -174,6 +175,21 @@ def test_a_run_with_experts_shows_its_largest_violation(tmp_path):
     metrics.close()
     assert " | lr 1.00e-03 | expert violation 0.26 | 2,048 tokens/s | " in stream.getvalue()
     assert ": loss 5.0000, expert violation 0.26, 2,048 tokens/s, MFU" in metrics.summary()
+
+
+def test_a_preference_run_shows_its_margins_and_those_of_held_out_pairs(tmp_path):
+    stream = io.StringIO()
+    metrics = open_metrics(tmp_path, stream=stream)
+    rewards = {"rewards/margins": 0.25, "rewards/accuracies": 0.75}
+    held_out = {"validation_loss": 0.5, "validation_rewards/margins": -0.125}
+    record(metrics, 1, **rewards, **held_out, **{"validation_rewards/accuracies": 0.5})
+    record(metrics, 2, **{"rewards/margins": 0.375})
+    metrics.close()
+    first, second = stream.getvalue().splitlines()
+    validation = "validation loss 0.5000 (margin -0.1250, accuracy 50.0%)"
+    assert f" | loss 5.0000 (margin 0.2500, accuracy 75.0%) | {validation} | " in first
+    assert " | loss 2.5000 (margin 0.3750) | " in second
+    assert f": loss 2.5000 (margin 0.3750), {validation}, 2,048 tokens/s" in metrics.summary()
 
 
 def test_on_a_terminal_progress_is_a_bar_that_continues_where_the_run_does(tmp_path):

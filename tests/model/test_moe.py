@@ -276,8 +276,8 @@ def unbalanced_layer(rank: int, favourites: list[list[int]]) -> list[float]:
     return differences
 
 
-def drawn(name, shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(len(name)))
+def drawn(name, shape, box=()):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(len(name)))[box]
 
 
 def test_no_token_is_lost_where_all_choose_the_same_experts_and_a_rank_has_none():

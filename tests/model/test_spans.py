@@ -92,18 +92,3 @@ def test_positions_restart_at_each_document():
     spans = AttentionSpans(torch.stack([starts_of(lengths) for lengths in LENGTHS]))
     expected = [[0, 1, 2, 3, 4, 0, *range(10)], [*range(16)]]
     assert spans.positions.T.tolist() == expected
-
-
-@pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
-def test_block_attention_equals_the_mask():
-    """FlexAttention serves GPUs; what it computes is checked here, uncompiled."""
-    spans = AttentionSpans(torch.stack([starts_of(lengths) for lengths in LENGTHS]))
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, 4, 16, 8, generator=generator, dtype=torch.float64)
-    key, value = torch.randn(2, 2, 2, 16, 8, generator=generator, dtype=torch.float64)
-    by_mask = spans.attend(query, key, value)
-    torch.testing.assert_close(spans.attend_in_blocks(query, key, value), by_mask)
-    crossing = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, is_causal=True, enable_gqa=True
-    )
-    assert not torch.allclose(crossing, by_mask)

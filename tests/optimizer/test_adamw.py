@@ -8,7 +8,7 @@ from megalite.model.llama import LlamaStage
 from megalite.model.share import StageShare
 from megalite.optimizer.adamw import AdamW
 from megalite.optimizer.recipe import RATE_FACTOR, set_learning_rate, state_bytes
-from megalite.parallel.shard import spec_of
+from megalite.parallel.shard import ShardSpec, spec_of
 from tests.trainers import MODEL, TIED
 
 CONFIG = OptimizerConfig(learning_rate=0.5, beta1=0.8, beta2=0.93, epsilon=1e-7, weight_decay=0.25)
@@ -60,13 +60,14 @@ def test_state_that_is_made_early_is_what_torch_makes_at_the_first_step():
     weight = torch.nn.Parameter(torch.ones(3))
     recipe = AdamW(CONFIG)
     made, stepped = (torch.optim.AdamW([weight], fused=True) for _ in range(2))
-    state = recipe.state_of(made, weight)
+    spec = ShardSpec("weight", (3,))
+    state = recipe.state_of(made, weight, spec)
     weight.grad = torch.zeros(3)
     stepped.step()
     theirs = stepped.state[weight]
-    assert state.keys() == theirs.keys() == {"step", *recipe.kinds}
+    assert state.keys() == theirs.keys() == {"step", *recipe.kinds_of("weight", (3,))}
     assert all(state[k].dtype == theirs[k].dtype and state[k].shape == theirs[k].shape for k in state)
     assert recipe.steps_of(state) == 0 and recipe.steps_of(theirs) == 1
     recipe.set_steps(state, 5)
-    assert recipe.steps_of(recipe.state_of(made, weight)) == 5
-    assert state_bytes(recipe) == 8
+    assert recipe.steps_of(recipe.state_of(made, weight, spec)) == 5
+    assert state_bytes(recipe, {"weight": (3,), "matrix": (2, 3)}) == 8 * 9

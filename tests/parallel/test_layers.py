@@ -5,8 +5,10 @@ relative error: 1e-11 leaves room for the sums' length and would not hide a wron
 """
 
 import traceback
+from collections import Counter
 from dataclasses import replace
 from functools import cache
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,14 +19,25 @@ from megalite.config.model import ModelConfig
 from megalite.model.attention import ParallelAttention, kv_copies
 from megalite.model.mlp import ParallelMLP
 from megalite.model.rope import RotaryEmbedding
+from megalite.parallel import mappings
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.cross_entropy import vocab_parallel_cross_entropy
-from megalite.parallel.embedding import VocabParallelEmbedding, padded_vocab_size
+from megalite.parallel.deferred import DeferredGradients, scalar_of
+from megalite.parallel.embedding import VocabParallelEmbedding, padded_vocab_size, vocabulary_spec
+from megalite.parallel.head import VocabParallelHead
 from megalite.parallel.linear import Column, ColumnParallelLinear, MergedColumnLinear, RowParallelLinear
-from megalite.parallel.mappings import copy_to_tp, gather_sequence, reduce_from_tp, scatter_sequence
+from megalite.parallel.mappings import (
+    copy_to_tp,
+    exchange,
+    gather_sequence,
+    reduce_from_tp,
+    scatter_sequence,
+    sum_over,
+)
 from megalite.parallel.norm import ParallelRMSNorm
 from megalite.parallel.plan import LayerPlan
-from megalite.parallel.shard import normal_initializer
+from megalite.parallel.products import MatrixProducts
+from megalite.parallel.shard import normal_initializer, sharded_parameter
 from megalite.parallel.topology import Topology
 from tests.harness import run_distributed
 
@@ -59,15 +72,35 @@ def assert_slice(local, whole, spec):
     torch.testing.assert_close(local, spec.cut(whole), **CLOSE)
 
 
-def column_equals_linear(group):
+def with_and_without_deferring(plan):
+    """A plan, and the same with weight gradients left for later, inputs gathered again or kept."""
+    return plan, *(replace(plan, deferred=DeferredGradients(keeps)) for keeps in (False, True))
+
+
+def every_plan(group):
+    """With and without sequence parallelism too."""
     for sequence_parallel in (False, True):
-        layer = ColumnParallelLinear(H, OUT, plan_of(group, sequence_parallel), bias=True)
+        yield from with_and_without_deferring(plan_of(group, sequence_parallel))
+
+
+def finish_backward(layer, *weights):
+    """Compute what was left for later; until then the weights had no gradient."""
+    if layer.plan.deferred is not None:
+        assert all(weight.grad is None for weight in weights)
+        scalar_of(layer.plan.deferred.take()).backward()
+
+
+def column_equals_linear(group):
+    for plan in every_plan(group):
+        sequence_parallel = plan.sequence_parallel
+        layer = ColumnParallelLinear(H, OUT, plan, bias=True)
         x, grad = full("x", S, B, H), full("grad", S, B, OUT).detach()
         weight, bias = weight_of("weight", OUT, H), torch.zeros(OUT, dtype=DTYPE, requires_grad=True)
         F.linear(x, weight, bias).backward(grad)
         local_x = mine(x, group) if sequence_parallel else x.detach().clone().requires_grad_()
         y = layer(local_x)
         y.backward(mine(grad, group, -1).detach())
+        finish_backward(layer, layer.weight)
         torch.testing.assert_close(y, mine(F.linear(x, weight, bias), group, -1), **CLOSE)
         expected = mine(x.grad, group) if sequence_parallel else x.grad
         torch.testing.assert_close(local_x.grad, expected.detach(), **CLOSE)
@@ -76,8 +109,9 @@ def column_equals_linear(group):
 
 
 def row_equals_linear(group):
-    for sequence_parallel in (False, True):
-        layer = RowParallelLinear(OUT, H, plan_of(group, sequence_parallel), bias=True)
+    for plan in every_plan(group):
+        sequence_parallel = plan.sequence_parallel
+        layer = RowParallelLinear(OUT, H, plan, bias=True)
         x, grad = full("x", S, B, OUT), full("grad", S, B, H).detach()
         weight, bias = weight_of("weight", H, OUT), torch.zeros(H, dtype=DTYPE, requires_grad=True)
         expected = F.linear(x, weight, bias)
@@ -85,6 +119,7 @@ def row_equals_linear(group):
         local_x = mine(x, group, -1)
         y = layer(local_x)
         y.backward(mine(grad, group).detach() if sequence_parallel else grad)
+        finish_backward(layer, layer.weight)
         torch.testing.assert_close(y, mine(expected, group) if sequence_parallel else expected, **CLOSE)
         torch.testing.assert_close(local_x.grad, mine(x.grad, group, -1).detach(), **CLOSE)
         assert_slice(layer.weight.grad, weight.grad, layer.weight.spec)
@@ -97,7 +132,13 @@ def merged_columns_equal_linears_with_copies(group):
     copies = size // heads
     plan = plan_of(group, sequence_parallel=True, kv_copy_size=copies)
     columns = [Column("q", OUT), Column("k", heads * 4, cut_over="kv")]
-    layer = MergedColumnLinear(H, columns, plan, bias=True, name="m")
+    for each in with_and_without_deferring(plan):
+        layer = MergedColumnLinear(H, columns, each, bias=True, name="m")
+        merged_equals_linears(layer, group, heads, copies)
+
+
+def merged_equals_linears(layer, group, heads, copies):
+    size = group.size()
     x = full("x", S, B, H)
     grad_q, grad_k = full("gq", S, B, OUT).detach(), full("gk", size, S, B, 4).detach()
     q, k = weight_of("m.q.weight", OUT, H), weight_of("m.k.weight", heads * 4, H)
@@ -109,6 +150,7 @@ def merged_columns_equal_linears_with_copies(group):
     local_x = mine(x, group)
     y_q, y_k = layer(local_x)
     ((y_q * mine(grad_q, group, -1)).sum() + (y_k * grad_k[group.rank()]).sum()).backward()
+    finish_backward(layer, layer.q_weight, layer.k_weight)
     torch.testing.assert_close(local_x.grad, mine(x.grad, group).detach(), **CLOSE)
     assert_slice(layer.q_weight.grad, q.grad, layer.q_weight.spec)
     assert_slice(layer.k_weight.grad, k.grad, layer.k_weight.spec)
@@ -159,6 +201,72 @@ def loss_equals_cross_entropy_and_padding_never_counts(group):
     torch.testing.assert_close(local.grad, mine(logits.grad, group, -1).detach(), **CLOSE)
 
 
+HEAD_V = 300  # over 2 ranks the second is padded, over 4 the last holds nothing but padding
+
+
+def head_of(group, sequence_parallel):
+    plan = plan_of(group, sequence_parallel)
+    spec = vocabulary_spec(plan.context, "weight", (HEAD_V, H))
+    return VocabParallelHead(H, HEAD_V, plan, sharded_parameter(spec, INIT, DTYPE))
+
+
+def head_labels():
+    labels = torch.arange(S * B).reshape(S, B) * 29 % HEAD_V
+    labels[3:5] = labels[-1, 1] = -100
+    return labels
+
+
+def head_equals_linear_and_cross_entropy(group):
+    """Sums and losses of each token; tokens one by one, in unequal chunks, and all at once."""
+    labels, weights, scale = head_labels(), full("weights", S, B).detach().abs(), 0.37
+    x, weight = full("x", S, B, H), weight_of("weight", HEAD_V, H)
+    each = F.cross_entropy(F.linear(x, weight).flatten(0, 1), labels.flatten(), reduction="none").view(S, B)
+    for reduction, given in (("sum", None), ("sum", weights), ("none", weights)):
+        used = torch.ones_like(weights) if given is None else given
+        grads = torch.autograd.grad((each * used).sum() * scale, (x, weight), retain_graph=True)
+        for sequence_parallel in (False, True):
+            for tokens in (1, 7, S * B):
+                head = head_of(group, sequence_parallel)
+                head.chunk_logits = tokens * len(head.weight)
+                local_x = mine(x, group) if sequence_parallel else x.detach().clone().requires_grad_()
+                if reduction == "sum":
+                    loss = head(local_x, labels, given)
+                    torch.testing.assert_close(loss, (each * used).sum(), **CLOSE)
+                else:
+                    losses = head(local_x, labels, reduction="none")
+                    torch.testing.assert_close(losses, each, **CLOSE)
+                    loss = (losses * used).sum()
+                (loss * scale).backward()
+                expected = mine(grads[0], group).detach() if sequence_parallel else grads[0]
+                torch.testing.assert_close(local_x.grad, expected, **CLOSE)
+                assert_slice(head.weight.grad, grads[1], head.weight.spec)
+
+
+def head_computes_no_gradient_that_is_not_wanted(group):
+    """In evaluation none, of a frozen weight that of the input alone: each product is counted."""
+    head, labels = head_of(group, False), head_labels()
+    count, products = Counter(), head.plan.products
+    counted = {name: _counted(name, getattr(products, name), count) for name in vars(products)}
+    head.plan = replace(head.plan, products=MatrixProducts(**counted))
+    x = full("x", S, B, H)
+    with torch.no_grad():
+        for reduction in ("sum", "none"):
+            head(x, labels, reduction=reduction)
+    assert count == {"output": 2}
+    head.weight.requires_grad_(False)
+    head(x, labels).backward()
+    assert count == {"output": 3, "input_gradient": 1}
+    assert x.grad is not None and head.weight.grad is None
+
+
+def _counted(name, product, count):
+    def counting(*tensors):
+        count[name] += 1
+        return product(*tensors)
+
+    return counting
+
+
 def mappings_are_transposes(group):
     """<f(x), y> summed over ranks equals <x, f'(y)>: the definition of a transpose."""
     size, rank = group.size(), group.rank()
@@ -167,6 +275,8 @@ def mappings_are_transposes(group):
         (reduce_from_tp, (S, B), (S, B), False),
         (gather_sequence, (S // size, B), (S, B), False),
         (scatter_sequence, (S, B), (S // size, B), False),
+        (exchange, (size, S, B), (size, S, B), False),
+        (sum_over, (S, B), (S, B), False),
     ]
     for mapping, shape_in, shape_out, input_is_shared in shapes:
         x = full("shared" if input_is_shared else f"x{rank}", *shape_in)
@@ -265,6 +375,77 @@ def ignored_labels_have_no_loss_and_no_gradient(group):
     torch.testing.assert_close(loss.sum() / (labels != -100).sum(), expected, **CLOSE)
 
 
+PAIR = [(ColumnParallelLinear, H, OUT), (RowParallelLinear, OUT, H)]
+
+
+class Logged:
+    """What layers do in a backward, in its order: products, and the beginnings and ends of collectives."""
+
+    def __init__(self):
+        self.events = []
+
+    def products(self):
+        standard, names = MatrixProducts(), {"input_gradient": "dx", "weight_gradient": "dW"}
+        return MatrixProducts(**{n: self._product(getattr(standard, n), told) for n, told in names.items()})
+
+    def _product(self, product, name):
+        def logged(*tensors):
+            self.events.append(name)
+            return product(*tensors)
+
+        return logged
+
+    def collective(self, start, name):
+        def logged(*tensors, **options):
+            self.events.append(f"{name} begins")
+            return Awaited(start(*tensors, **options), lambda: self.events.append(f"{name} ends"))
+
+        return logged
+
+    def taken(self):
+        events, self.events = self.events, []
+        return events
+
+
+class Awaited:
+    def __init__(self, work, ended):
+        self.work, self.ended = work, ended
+
+    def wait(self):
+        self.work.wait()
+        self.ended()
+
+
+def communication_is_under_way_while_products_are_computed(group):
+    """Two pairs of a column and a row layer, under sequence parallelism; the rows' own gather comes first."""
+    if group.size() == 1:
+        return
+    for plan in with_and_without_deferring(plan_of(group, sequence_parallel=True)):
+        log, deferred = Logged(), plan.deferred
+        plan = replace(plan, products=log.products())
+        layers = [kind(*sizes, plan) for kind, *sizes in PAIR * 2]
+        with (
+            patch.object(mappings, "_all_gather", log.collective(mappings._all_gather, "gather")),
+            patch.object(dist, "all_to_all_single", log.collective(dist.all_to_all_single, "sum")),
+        ):
+            y = mine(full("x", S, B, H), group)
+            for layer in layers:
+                y = layer(y)
+            log.taken()
+            y.sum().backward()
+            together = log.taken()
+            row = ["gather begins", "gather ends", "dx", "dW"]
+            column = ["gather begins", "dx", "sum begins", "gather ends", "dW", "sum ends"]
+            if deferred is None:
+                assert together == [*row, *column] * 2, together
+                continue
+            scalar_of(deferred.take()).backward()
+            later = log.taken()
+        assert together == [*row[:3], "dx", "sum begins", "sum ends"] * 2, together
+        gathered = ["gather begins", "gather ends", "dW", "gather begins", "dW", "gather ends", "dW", "dW"]
+        assert later == (["dW"] * 4 if deferred.keeps_gathered else gathered), later
+
+
 CHECKS = [
     column_equals_linear,
     row_equals_linear,
@@ -273,11 +454,14 @@ CHECKS = [
     norm_equals_rms_norm,
     loss_equals_cross_entropy_and_padding_never_counts,
     ignored_labels_have_no_loss_and_no_gradient,
+    head_equals_linear_and_cross_entropy,
+    head_computes_no_gradient_that_is_not_wanted,
     mappings_are_transposes,
     collectives_write_only_to_their_own,
     attention_and_mlp_equal_one_process,
     layers_without_an_initializer_draw_from_torch_as_its_own_do,
     layers_say_their_full_and_local_shapes,
+    communication_is_under_way_while_products_are_computed,
 ]
 
 

@@ -27,11 +27,12 @@ import torch.nn.functional as F
 
 from megalite.batch import Batch
 from megalite.config.model import ModelConfig
+from megalite.model import attention
 from megalite.model.llama import LlamaStage
 from megalite.model.rope import RotaryEmbedding
 from megalite.model.share import StageShare
 from megalite.parallel import column as column_product
-from megalite.parallel import cross_entropy, embedding, linear, mappings, plan
+from megalite.parallel import cross_entropy, embedding, head, linear, mappings, plan
 from megalite.parallel.context import ParallelContext, group_size
 from megalite.parallel.embedding import VocabParallelEmbedding
 from megalite.parallel.linear import Column, ColumnParallelLinear, MergedColumnLinear, RowParallelLinear
@@ -144,7 +145,7 @@ class Typed:
         for same in (I, R):
             context = SimpleNamespace()
             inside = [self._inside(x) if isinstance(x, torch.Tensor) else x for x in args]
-            context.needs_input_grad = [isinstance(x, torch.Tensor) for x in args]
+            context.needs_input_grad = [self._is_learnt(x) for x in args]
             context.save_for_backward = lambda *saved, c=context: setattr(c, "saved_tensors", saved)
             outputs = self.function.forward(context, *inside)
             is_tuple = isinstance(outputs, tuple)
@@ -156,6 +157,9 @@ class Typed:
                 continue
             return outputs if is_tuple else outputs[0]
         raise spmd.SpmdTypeError(f"backward of {self.function.__qualname__}: {reason}")
+
+    def _is_learnt(self, x):
+        return isinstance(x, torch.Tensor) and x.requires_grad
 
     def _new(self, x, types):
         pp, dp, tp = types
@@ -178,7 +182,7 @@ class Typed:
 
     def _check_gradients(self, args, grads):
         for x, grad in zip(args, grads, strict=True):
-            if isinstance(x, torch.Tensor):
+            if self._is_learnt(x):
                 wanted = [R if GRADIENT[kind] is I else GRADIENT[kind] for kind in self.world.type_of(x)]
                 if self.world.type_of(grad) != wanted:
                     raise spmd.SpmdTypeError(
@@ -205,6 +209,12 @@ def typed_starts(world):
     return {getattr(mappings, name): started(*rule) for name, rule in rules.items()}
 
 
+def rotate_by_torch(x, cos, sin):
+    """What kernels/rotation.py computes."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
 def type_the_pair(pair, world, starts):
     """Typed collectives in the Function that a mapping has in its closure."""
     (cell,) = [c for c in pair.__closure__ if inspect.isclass(c.cell_contents)]
@@ -224,11 +234,31 @@ def type_the_product(world):
     for start, typed in starts.items():
         setattr(column_product, start.__name__, typed)
     column_product._ColumnLinear = Typed(column_product._ColumnLinear, world)
+    attention.rotate = rotate_by_torch
 
     def losses(*, logits, labels):
         each = spmd.rules.einsum("sb_,sb->sb", logits, labels)
         return spmd.rules.all_reduce(each, world.tp, src=V, dst=I)
 
+    def losses_of_tokens(logits, labels, coefficients=None, **_):
+        assert spmd.get_axis_local_type(logits, world.tp) is V  # which stay so, as their gradients
+        with spmd.no_typecheck():
+            each = logits.detach().sum(dim=-1)
+        return world.typed(each, tp=R)
+
+    head.losses_in_place = losses_of_tokens
+    for start, typed in starts.items():
+        setattr(head, start.__name__, typed)
+
+    def scaled(gradient, scale):
+        assert spmd.get_axis_local_type(scale, world.tp) in (R, I)
+        with spmd.no_typecheck():
+            product = gradient * scale
+        pp, dp, tp = world.type_of(gradient)  # a part of a sum over dp, each times the same number
+        return world.typed(product, pp=pp, dp=dp, tp=tp)
+
+    head._scaled = scaled
+    head._LossSum = Typed(head._LossSum, world)
     cross_entropy._VocabParallelCrossEntropy.spmd_typecheck = staticmethod(losses)
     tables = RotaryEmbedding.tables
 

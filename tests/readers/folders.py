@@ -174,7 +174,7 @@ def save_random_checkpoint(root: Path, run: RunConfig) -> Path:
         for row in table
     ]
     files = {CONFIG: dump_run(run)}
-    here: Any = {"rank": 0, "world_size": 1, "gather": alone, "keep_last": 0}
+    here: Any = {"rank": 0, "world_size": 1, "gather": alone}
     return save_checkpoint(root, 1, pieces, {"step": 1}, files, **here)
 
 

@@ -73,6 +73,7 @@ class Cluster:
         self.configuration = self.folder / "slurm.conf"
         self.libraries = next(root.glob("usr/lib/*-linux-gnu"))
         self.daemons: list[subprocess.Popen[bytes]] = []
+        self.of_nodes: dict[str, subprocess.Popen[bytes]] = {}
 
     @property
     def environment(self) -> Mapping[str, str]:
@@ -88,7 +89,7 @@ class Cluster:
             self._write_configuration()
             self._start("slurmctld", "-c")
             for node in NODES:
-                self._start("slurmd", "-N", node, "-d", str(self.root / "usr/sbin/slurmstepd-wlm"))
+                self._start_node(node)
             wait_until(self._is_idle, 30, what=f"idle nodes\n{self._daemon_logs()}")
         except BaseException:
             self._stop()
@@ -141,6 +142,24 @@ class Cluster:
                 found.setdefault(int(variables["RANK"]), pid)
         return found
 
+    def lose_node(self, node: str) -> None:
+        """As if its power failed: its daemon is killed, its tasks answer nobody, nor say that they ended."""
+        self.of_nodes[node].kill()
+        for pid, variables in self._processes():
+            if variables.get("SLURMD_NODENAME") == node:
+                os.kill(pid, signal.SIGSTOP)
+
+    def state_of_node(self, node: str) -> str:
+        """As `sinfo` names it, such as idle or down*."""
+        return self.command("sinfo", "-h", "-n", node, "-o", "%T").strip()
+
+    def return_node(self, node: str) -> None:
+        """A lost one, started again: nothing of before runs there."""
+        for pid, variables in self._processes():
+            if variables.get("SLURMD_NODENAME") == node:
+                os.kill(pid, signal.SIGKILL)
+        self._start_node(node)
+
     def _show(self, job_id: int) -> dict[str, str]:
         return dict(re.findall(r"(\S+?)=(\S*)", self.command("scontrol", "show", "job", "-o", str(job_id))))
 
@@ -163,7 +182,11 @@ class Cluster:
         )
         self.configuration.write_text(text)
 
-    def _start(self, daemon: str, *arguments: str) -> None:
+    def _start_node(self, node: str) -> None:
+        stepd = str(self.root / "usr/sbin/slurmstepd-wlm")
+        self.of_nodes[node] = self._start("slurmd", "-N", node, "-d", stepd)
+
+    def _start(self, daemon: str, *arguments: str) -> subprocess.Popen[bytes]:
         command = [str(self.root / f"usr/sbin/{daemon}-wlm"), "-D", *arguments]
         with (self.folder / f"daemon-{len(self.daemons)}.log").open("wb") as log:
             process = subprocess.Popen(
@@ -175,6 +198,7 @@ class Cluster:
                 stderr=log,
             )
         self.daemons.append(process)
+        return process
 
     def _is_idle(self) -> bool:
         try:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megalite.exit_status import NODE
 from tests.ports import reserve_port
 from tests.slurm.cluster import Cluster, wait_until
 
@@ -44,6 +45,8 @@ TINY_DEEPSPEED = {
 SHOW_RANK = """
 import json, os, sys, time
 from pathlib import Path
+if "--check" in sys.argv:
+    sys.exit(0)
 names = "RANK LOCAL_RANK WORLD_SIZE MASTER_ADDR MASTER_PORT SLURMD_NODENAME OMP_NUM_THREADS".split()
 seen = {name: os.environ.get(name) for name in names} | {"arguments": sys.argv[1:]}
 Path(f"rank-{os.environ['RANK']}.json").write_text(json.dumps(seen))
@@ -53,11 +56,28 @@ if "crash_rank_2" in sys.argv:
     time.sleep(300)
 """
 
+# A stand-in for tools/preflight.py that fails as it is told: wrong, or on the node bad_NODE.
+SHOW_CHECK = """
+import json, os, sys
+from pathlib import Path
+node = os.environ["SLURMD_NODENAME"]
+Path(f"check-{node}-{os.environ['RANK']}.json").write_text(json.dumps(sys.argv[1:]))
+if f"bad_{node}" in sys.argv:
+    Path(sys.argv[sys.argv.index("--bad-nodes") + 1]).write_text(node + chr(10))
+    sys.exit(77)
+sys.exit(2 if "wrong" in sys.argv else 0)
+"""
+START_SECONDS = 300  # of four ranks, checked and then trained, where other work holds the cores
+WITHOUT_PREFLIGHT = "--export=ALL,PREFLIGHT=0"
+
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
-    """A checkout whose launcher is SHOW_RANK, with one more run, which has no DeepSpeed JSON of its own."""
-    for folder in ("launchers", "configs/runs"):
+    """A checkout whose launcher is SHOW_RANK and whose preflight is SHOW_CHECK.
+
+    It has one more run, which has no DeepSpeed JSON of its own.
+    """
+    for folder in ("launchers", "tools", "configs/runs"):
         (tmp_path / folder).mkdir(parents=True)
     for path in (
         "slurm",
@@ -67,7 +87,9 @@ def stand_in(tmp_path: Path) -> Path:
     ):
         (tmp_path / path).symlink_to(REPOSITORY / path)
     (tmp_path / "configs" / "runs" / "mine.yaml").touch()
-    (tmp_path / "launchers" / "pretrain.py").write_text(SHOW_RANK)
+    for task in ("pretrain", "finetune", "prefer"):
+        (tmp_path / "launchers" / f"{task}.py").write_text(SHOW_RANK)
+    (tmp_path / "tools" / "preflight.py").write_text(SHOW_CHECK)
     return tmp_path
 
 
@@ -107,6 +129,7 @@ def test_every_rank_learns_its_place_and_the_arguments_from_slurm(cluster: Clust
         assert rank["arguments"] == [
             *("--deepspeed_config", "configs/deepspeed/pretrain_460m.json"),
             *("--config", "configs/runs/pretrain_460m.yaml"),
+            "stop.after_starts=3",
             *overrides,
         ]
 
@@ -120,6 +143,7 @@ def test_any_run_is_started_by_its_name(cluster: Cluster, stand_in: Path, name: 
         assert rank["arguments"] == [
             *("--deepspeed_config", f"configs/deepspeed/{json_name}.json"),
             *("--config", f"configs/runs/{name}.yaml"),
+            "stop.after_starts=3",
             "seed=3",
         ]
 
@@ -145,29 +169,31 @@ def test_the_same_file_runs_inside_salloc(cluster: Cluster, stand_in: Path) -> N
 
 
 def test_a_crashed_rank_ends_the_job_with_an_error(cluster: Cluster, stand_in: Path) -> None:
-    job_id = cluster.submit(SCRIPT, "crash_rank_2", options=TWO_BY_TWO, cwd=stand_in)
+    job_id = cluster.submit(SCRIPT, "crash_rank_2", options=[*TWO_BY_TWO, "--no-requeue"], cwd=stand_in)
     job = cluster.wait(job_id, timeout_seconds=60)  # the other ranks would sleep for 300 s
     assert job.state == "FAILED" and job.exit_code != 0, job.log
     assert "Exited with exit code 7" in job.log
 
 
+@pytest.mark.timeout(3 * START_SECONDS)
 def test_a_job_on_two_nodes_trains_exactly_as_under_the_deepspeed_launcher(
     cluster: Cluster, deepspeed_config: Path, tmp_path: Path
 ) -> None:
     under_slurm = ["--deepspeed_config", str(deepspeed_config), *TINY_RUN, f"output_dir={tmp_path}/slurm"]
     job_id = cluster.submit(SCRIPT, *under_slurm, options=TWO_BY_TWO, cwd=REPOSITORY)
-    job = cluster.wait(job_id, timeout_seconds=120)
+    job = cluster.wait(job_id, timeout_seconds=START_SECONDS)
     assert job.exit_code == 0, job.log
 
+    assert "preflight: all is well" in job.log and re.search(r"^dp +4 ", job.log, flags=re.M), job.log
     run_with_deepspeed(deepspeed_config, f"output_dir={tmp_path}/deepspeed")
     losses = read_losses(tmp_path / "slurm")
     assert len(set(losses)) == 3  # a loss that never moves would be equal, too
     assert losses == read_losses(tmp_path / "deepspeed")
 
 
-def run_with_deepspeed(deepspeed_config: Path, *overrides: str) -> None:
-    """The same run on one node, four processes, started by the deepspeed launcher."""
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus=4"]
+def run_with_deepspeed(deepspeed_config: Path, *overrides: str, num_ranks: int = 4) -> None:
+    """The same run on one node, started by the deepspeed launcher."""
+    launcher = [str(Path(sys.executable).with_name("deepspeed")), f"--num_gpus={num_ranks}"]
     launcher += [f"--master_port={reserve_port()}"]
     program = ["launchers/pretrain.py", "--deepspeed_config", str(deepspeed_config)]
     run = ["--config", "configs/runs/pretrain_460m.yaml", *TINY_RUN, *overrides]
@@ -177,7 +203,7 @@ def run_with_deepspeed(deepspeed_config: Path, *overrides: str) -> None:
         env=os.environ,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=2 * START_SECONDS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -188,8 +214,9 @@ def test_a_wrong_override_ends_the_job_with_one_clear_line(cluster: Cluster, dee
     job = cluster.wait(job_id, timeout_seconds=60)
     assert job.state == "FAILED" and job.exit_code != 0
     assert "Traceback" not in job.log
-    said = [line for line in job.log.splitlines() if not re.match(r"(srun|slurmstepd\S*): ", line)]
+    said = job.log.splitlines()
     assert said[-1].startswith("error: ") and "schedule.num_stepz" in said[-1], job.log
+    assert job.exit_code == 2 and "queued again" not in job.log and "srun" not in job.log
 
 
 def test_a_killed_rank_ends_a_training_job_within_a_minute(
@@ -197,7 +224,9 @@ def test_a_killed_rank_ends_a_training_job_within_a_minute(
 ) -> None:
     endless = ["schedule.num_steps=100000", f"output_dir={tmp_path}/run"]
     arguments = ["--deepspeed_config", str(deepspeed_config), *TINY_RUN, *endless]
-    job_id = cluster.submit(SCRIPT, *arguments, options=TWO_BY_ONE, cwd=REPOSITORY)
+    job_id = cluster.submit(
+        SCRIPT, *arguments, options=[*TWO_BY_ONE, "--no-requeue", WITHOUT_PREFLIGHT], cwd=REPOSITORY
+    )
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() or cluster.is_finished(job_id), 60, what="first step")
     assert metrics.exists(), cluster.log(job_id)
@@ -207,22 +236,57 @@ def test_a_killed_rank_ends_a_training_job_within_a_minute(
     assert "task 1: Killed" in job.log
 
 
+def test_a_node_that_fails_the_preflight_is_named_and_left_out(cluster: Cluster, stand_in: Path) -> None:
+    one_node = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0"]
+    job_id = cluster.submit(SCRIPT, "bad_n1", options=one_node, cwd=stand_in)
+    job = cluster.wait(job_id, timeout_seconds=120)
+    assert (job.state, job.exit_code) == ("COMPLETED", 0), job.log
+    assert "status 77: queued again, without n1" in job.log and job.log.rstrip().endswith("finished")
+    assert [rank["SLURMD_NODENAME"] for rank in read_ranks(stand_in)] == ["n2"]
+    assert not list(stand_in.glob(".preflight-*"))
+
+
+def test_a_node_that_cannot_be_left_out_ends_the_job_with_77(cluster: Cluster, stand_in: Path) -> None:
+    job_id = cluster.submit(SCRIPT, "bad_n2", options=[*TWO_BY_ONE, "--no-requeue"], cwd=stand_in)
+    job = cluster.wait(job_id, timeout_seconds=60)
+    assert (job.state, job.exit_code) == ("FAILED", NODE), job.log
+    assert "status 77: the preflight failed on n2; nothing was trained" in job.log
+    assert read_ranks(stand_in) == []
+
+
+def test_the_preflight_is_given_the_nodes_and_what_the_launcher_is_given(
+    cluster: Cluster, stand_in: Path
+) -> None:
+    job_id = cluster.submit(SCRIPT, "wrong", options=TWO_BY_ONE, cwd=stand_in)
+    job = cluster.wait(job_id, timeout_seconds=60)
+    assert (job.state, job.exit_code) == ("FAILED", 2), job.log
+    assert read_ranks(stand_in) == []
+    checks = [json.loads(path.read_text()) for path in sorted(stand_in.glob("check-*.json"))]
+    assert len(checks) == 2 and checks[0] == checks[1]
+    assert checks[0][:5] == ["--task", "pretrain", "--nodes", "n1,n2", "--bad-nodes"]
+    assert checks[0][6:] == [
+        *("--deepspeed_config", "configs/deepspeed/pretrain_460m.json"),
+        *("--config", "configs/runs/pretrain_460m.yaml"),
+        *("stop.after_starts=3", "wrong"),
+    ]
+
+
 IN_A_JOB = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}
 
 
 @pytest.mark.parametrize(
-    ("script", "job", "complaint"),
+    ("script", "cwd", "job", "complaint"),
     [
-        (ANY_RUN, {}, "not in a Slurm job"),
-        (ANY_RUN, {"SLURM_JOB_ID": "1"}, "give --ntasks-per-node"),
-        (ANY_RUN, IN_A_JOB, "submit from the root of the checkout"),
-        (SCRIPT, IN_A_JOB, "submit from the root of the checkout"),
+        (ANY_RUN, REPOSITORY, {}, "not in a Slurm job"),
+        (ANY_RUN, REPOSITORY, {"SLURM_JOB_ID": "1"}, "give --ntasks-per-node"),
+        (ANY_RUN, Path("/"), IN_A_JOB, "submit from the root of the checkout"),
+        (SCRIPT, Path("/"), IN_A_JOB, "submit from the root of the checkout"),
     ],
 )
 def test_started_in_the_wrong_place_it_says_what_to_do(
-    tmp_path: Path, script: Path, job: dict[str, str], complaint: str
+    script: Path, cwd: Path, job: dict[str, str], complaint: str
 ) -> None:
-    assert complaint in complaint_of(script, cwd=tmp_path, job=job)
+    assert complaint in complaint_of(script, cwd=cwd, job=job)
 
 
 @pytest.mark.parametrize("arguments", [[], ["absent"], ["seed=1"], ["--config", "other.yaml"]])
@@ -230,6 +294,40 @@ def test_without_a_known_name_it_lists_those_that_are_known(stand_in: Path, argu
     said = complaint_of(ANY_RUN, *arguments, cwd=stand_in, job=IN_A_JOB)
     assert "give one of llama3_8b mine pretrain_460m as the first argument" in said
     assert f"CONFIG '{arguments[0] if arguments else ''}'" in said
+
+
+def run_beside_stand_ins(script: Path, *arguments: str, cwd: Path) -> str:
+    """What the script prints in a job whose srun shows its words, and whose scontrol knows one node."""
+    commands = cwd / "commands"
+    commands.mkdir()
+    for name, body in (("srun", 'echo "srun $*"'), ("scontrol", 'echo "n1 NodeAddr=127.0.0.1 "')):
+        (commands / name).write_text(f"#!/bin/bash\n{body}\n")
+        (commands / name).chmod(0o755)
+    job = IN_A_JOB | {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_CPUS_PER_NODE": "4(x2)", "SLURM_JOB_NAME": "x"}
+    job |= {"SLURM_JOB_NODELIST": "n[1-2]", "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run([script, *arguments], cwd=cwd, env=os.environ | job, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("run", "launcher"),
+    [
+        ("", "pretrain"),
+        ("seed: 3\n", "pretrain"),
+        ("task: pretrain\n", "pretrain"),
+        ("# task: prefer\ntask: finetune  # on conversations\n", "finetune"),
+        ("data:\n  task: 1\ntask: prefer\n", "prefer"),
+    ],
+)
+def test_the_task_of_a_run_names_its_launcher(stand_in: Path, run: str, launcher: str) -> None:
+    (stand_in / "configs/runs/mine.yaml").write_text(run)
+    lines = run_beside_stand_ins(ANY_RUN, "mine", "seed=3", cwd=stand_in).splitlines()
+    check, training = [line for line in lines if line.startswith("srun ")]
+    assert f" tools/preflight.py --task {launcher} " in check
+    assert f" launchers/{launcher}.py --deepspeed_config " in training
+    for shown in (check, training):
+        assert shown.endswith("--config configs/runs/mine.yaml stop.after_starts=3 seed=3")
 
 
 def complaint_of(script: Path, *arguments: str, cwd: Path, job: dict[str, str]) -> str:

@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from megalite.tokenizer.error import TokenizerError
 from megalite.tokenizer.load import build_byte_tokenizer, load_tokenizer
+from megalite.tokenizer.template import open_template
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -33,28 +33,17 @@ def test_a_message_is_framed_as_transformers_frames_it(folder, place):
     configure(folder, bos_token=bos, **template)
     if place == "file":
         (folder / "chat_template.jinja").write_text(TEMPLATE)
-    framed = load_tokenizer(folder).chat_prompt("hi\nyou")
+    messages = [{"role": "user", "content": "hi\nyou"}]
+    framed = open_template(load_tokenizer(folder)).render(messages, add_generation_prompt=True)
     assert framed == "<s><user>hi\nyou<|endoftext|><answer>"
     if place != "config":
         theirs = AutoTokenizer.from_pretrained(folder)
-        messages = [{"role": "user", "content": "hi\nyou"}]
         assert framed == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def test_a_template_of_a_file_goes_into_what_is_saved(folder, tmp_path):
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     load_tokenizer(folder).save(tmp_path / "again")
-    assert load_tokenizer(tmp_path / "again").chat_prompt("x").endswith("<user>x<|endoftext|><answer>")
-
-
-@pytest.mark.parametrize("template", ["{% broken", "{{ raise_exception('no users here') }}"])
-def test_a_template_that_does_not_work_is_told_in_one_line(folder, template):
-    configure(folder, chat_template=template)
-    with pytest.raises(TokenizerError, match=r"its chat template cannot be used: .") as caught:
-        load_tokenizer(folder).chat_prompt("x")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_tokenizer_without_a_template_says_so():
-    with pytest.raises(TokenizerError, match=r"^bytes has no chat template"):
-        load_tokenizer("bytes").chat_prompt("x")
+    assert open_template(load_tokenizer(tmp_path / "again")).source == TEMPLATE
+    load_tokenizer(folder).save(tmp_path / "other", chat_template="other")
+    assert open_template(load_tokenizer(tmp_path / "other")).source == "other"

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from megalite.config.load import load_run
+from megalite.data.fingerprint import describe_data
 from megalite.data.indexed_writer import IndexedDatasetWriter
+from megalite.data.past import Past
 from megalite.training.samples import build_samples, open_cache
 from tools.build_index import main
 
@@ -80,3 +82,17 @@ def test_help_says_what_to_do(capsys):
     with pytest.raises(SystemExit) as left:
         main(["--help"])
     assert left.value.code == 0 and "data.cache_dir" in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_finds_the_indices_with_which_it_does(arguments, tmp_path):
+    run = load_run(None, arguments[2:])
+    datasets = build_samples(run, 2)
+    state = {"step": 5, "consumed_samples": 10, "data": describe_data(datasets)}
+    folder = tmp_path / "run" / "checkpoints" / "step-00000005"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps(state))
+    longer = [*arguments, "schedule.num_steps=200", f"output_dir={tmp_path}/run"]
+    assert main(longer) == 0
+    cache, past = open_cache(run), Past.of(state, "here")
+    train = build_samples(load_run(None, longer[2:]), 2, cache, train_samples=400, past=past).train
+    assert cache.num_built == 0 and train.datasets[0].single_epochs

@@ -43,6 +43,23 @@ def test_the_folder_has_the_model_and_the_tokenizer_of_the_run(tmp_path, capsys)
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 2
 
 
+def test_the_template_of_the_run_goes_into_the_export(tmp_path, capsys):
+    """So that transformers frames messages as the model has learnt them."""
+    save(tmp_path, train=["chats.jsonl"], tokenizer="bytes", chat_template="plain")
+    assert run_tool(tmp_path, "--no-verify") == 0
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    framed = AutoTokenizer.from_pretrained(tmp_path / "hf").apply_chat_template(messages, tokenize=False)
+    assert framed == "User:\na\nAssistant:\nb<|endoftext|>\n"
+    capsys.readouterr()
+    lost = tmp_path / "lost"
+    run = tiny_run(train=["chats.jsonl"], tokenizer="bytes", chat_template=str(tmp_path / "gone.jinja"))
+    save_llama(lost / "checkpoints", random_llama(run.model), run)
+    assert run_tool(lost, "--no-verify") == 0
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert line.startswith("warning: without the run's chat template: ") and "gone.jinja" in line
+    assert AutoTokenizer.from_pretrained(lost / "hf").chat_template is None
+
+
 @pytest.mark.parametrize(("variant", "warned"), [("qwen2", True), ("qwen3", False), ("plain", False)])
 def test_a_tokenizer_that_transformers_replaces_by_its_own_is_told(tmp_path, capsys, variant, warned):
     """AutoTokenizer of transformers 5 cuts words as Qwen does for every Qwen2 model."""

@@ -160,7 +160,8 @@ def test_a_chat_template_frames_the_prompt(tmp_path, capsys):
     assert text_of(tmp_path, capsys, *extra) == expected + "\n"
     assert run_tool(tmp_path, "--chat") == 2
     assert capsys.readouterr().err == (
-        "error: bytes has no chat template: name a tokenizer that has one (--tokenizer)\n"
+        "error: bytes has no chat template: name a Jinja file or one of chatml, llama3, plain with "
+        "--chat-template\n"
     )
 
 

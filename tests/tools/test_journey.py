@@ -50,3 +50,18 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_a_command_reads_a_file_and_is_shown_so(tmp_path, capfd):
+    words = tmp_path / "two words"
+    words.write_text("hello there\n")
+    script = journey.Script(1, 1)
+    output = script.run("python -c 'print(input().upper())'", stdin=words)
+    assert output == "HELLO THERE\n"
+    command, shown = capfd.readouterr().out.splitlines()
+    assert command == f"$ python -c 'print(input().upper())' < '{words}'" and shown == "HELLO THERE"
+
+
+def test_an_output_for_a_program_alone_is_not_shown(capfd):
+    assert journey.Script(1, 1).run("python -c 'print(42)'", shows=False) == "42\n"
+    assert capfd.readouterr().out == "$ python -c 'print(42)'\n"

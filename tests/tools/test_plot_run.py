@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from megalite.measure.expert_load import expert_loads
 from tools import plot_run
-from tools.plot_run import draw, draw_experts, expert_loads, read_rows, smoothed
+from tools.plot_run import draw, draw_experts, read_rows, smoothed
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -191,3 +192,34 @@ def test_each_task_of_an_evaluation_has_a_panel_with_its_metrics(tmp_path):
     curves = {line.get_label(): line.get_xydata().tolist() for line in panels["Evaluation: a"].lines}
     assert curves == {"acc": [[10, 0.1], [20, 0.2]], "acc_norm": [[10, 0.5], [20, 0.5]]}
     assert [line.get_label() for line in panels["Evaluation: b"].lines] == ["acc"]
+
+
+def write_run_with_pairs(folder, num_steps):
+    rows = write_run(folder, num_steps)
+    for row in rows:
+        step = row["step"]
+        row |= {"rewards/chosen": step / 10, "rewards/rejected": -step / 5, "rewards/margins": 0.3 * step}
+        row["rewards/accuracies"] = 1 - 1 / step
+        if "validation_loss" in row:
+            row["validation_rewards/accuracies"] = 0.9 - 1 / step
+    write_rows(folder, rows)
+    return rows
+
+
+def test_pairs_have_panels_of_their_rewards_and_of_those_told_right(tmp_path):
+    rows = write_run_with_pairs(tmp_path, 19)
+    panels = {axes.get_title(loc="left"): axes for axes in draw(read_rows(tmp_path), "run").axes}
+    assert "Loss (nats per pair)" in panels
+    curves = {line.get_label(): points(line) for line in panels["Reward of each answer"].lines}
+    assert curves == {
+        name: [(row["step"], row[f"rewards/{name}"]) for row in rows] for name in ("chosen", "rejected")
+    }
+    told = panels["Share of pairs whose chosen answer has the larger reward"]
+    curves = {line.get_label(): points(line) for line in told.lines}
+    assert curves["train"] == [(row["step"], row["rewards/accuracies"]) for row in rows]
+    assert curves["validation"] == [(10, 0.8)]
+
+
+def test_a_run_without_pairs_has_no_panels_of_rewards(tmp_path):
+    write_run(tmp_path, 3)
+    assert len(draw(read_rows(tmp_path), "run").axes) == 4

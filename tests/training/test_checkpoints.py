@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from megalite.config.run import CheckpointConfig
+from megalite.training import checkpoints as module
 from megalite.training.checkpoints import Checkpoints
+from megalite.training.course import Course
 from megalite.training.engine import initialize_communication
 from tests.harness import run_distributed
 from tests.trainers import ADAM, Case, build_trainer, deepspeed_config, micro_batches, run_config
@@ -48,6 +50,8 @@ MOVES = [
     (Case(zero=0), Case(tp=2, pp=2)),
     (Case(tp=2, pp=2, zero=1), Case(dp=2, zero=3)),
     (Case(pp=2, dp=2, zero=2, tied=True), Case(tp=4, zero=3, tied=True)),
+    (Case(pp=2, dp=2, schedule="zbv", tied=True), Case(pp=2, zero=1, schedule="interleaved", tied=True)),
+    (Case(pp=2, zero=2, schedule="interleaved", tied=True), Case(pp=2, tied=True)),
 ]
 
 
@@ -63,10 +67,25 @@ def resume_with_another_batch_size(rank, folder):
     initialize_communication()
     run = run_config(Case(), output_dir=str(folder))
     other = deepspeed_config(Case()).model_copy(update={"train_batch_size": 16})
-    Checkpoints(run, other, rank, lambda text: None).resume(build_trainer(rank, Case()).engine)
+    lines = []
+    checkpoints = Checkpoints(run, other, rank, lines.append)
+    course = Course.after(checkpoints.look(), other.train_batch_size)
+    assert checkpoints.resume(build_trainer(rank, Case()).engine) == 2
+    told = list(lines)
+    here = module.versions()
+    module.versions = lambda: here | {"torch": "9.9", "numpy": "unknown"}
+    checkpoints.resume(build_trainer(rank, Case()).engine)
+    return course, told, lines[len(told) :], here["torch"]
 
 
-def test_another_batch_size_is_refused_since_it_would_lose_the_place_in_the_data(tmp_path):
+def test_another_batch_size_goes_on_with_the_sample_after_the_last_and_other_versions_are_told(tmp_path):
     run_distributed(train, 1, Case(), tmp_path, 1, 2, 2)
-    with pytest.raises(AssertionError, match="train_batch_size 8, the DeepSpeed JSON says 16: keep 8"):
-        run_distributed(resume_with_another_batch_size, 1, tmp_path)
+    ((course, lines, of_other_versions, torch_version),) = run_distributed(
+        resume_with_another_batch_size, 1, tmp_path
+    )
+    assert [course.start_of(step) for step in (3, 4)] == [2 * 8, 2 * 8 + 16]
+    assert lines[-1].endswith("step-00000002, after 16 samples")
+    changed = (
+        f"versions since step-00000002: torch {torch_version} -> 9.9; numbers may differ in their last bits"
+    )
+    assert of_other_versions == [lines[-1], changed]

@@ -23,10 +23,15 @@ CASES = [
     Case(dp=2, tied=True),
     Case(tp=2, pp=2, tied=True),
     Case(pp=2, dp=2, zero=2),
+    Case(pp=2, dp=2, schedule="zbv", tied=True),  # the head is on the first rank
+    Case(pp=2, schedule="interleaved"),
     Case(dp=2, ep=2, model_kind="experts"),
     Case(tp=4, model_kind="norms"),
     Case(tp=2, pp=2, dp=2, ep=2, model_kind="experts"),
     Case(pp=2, dp=2, zero=1, precision="bf16"),
+    Case(cp=2, dp=2, zero=2, way="ring"),
+    Case(cp=4),
+    Case(cp=2, tp=2, pp=2, way="heads"),
 ]
 TOLERANCE = 1e-5
 BF16_TOLERANCE = 2**-6

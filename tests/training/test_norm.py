@@ -29,6 +29,9 @@ CASES = [
     *(Case(dp=4, ep=ep, model_kind="experts") for ep in (1, 2, 4)),
     Case(tp=2, dp=2, ep=2, sp=False, model_kind="experts"),
     Case(pp=2, dp=2, ep=2, tied=True, model_kind="experts"),
+    *(Case(cp=2, tp=2, zero=zero, tied=True) for zero in (0, 3)),
+    Case(cp=2, pp=2, zero=1, tied=True, way="ring"),
+    Case(cp=2, dp=2, ep=4, model_kind="experts"),
 ]
 
 

@@ -1,0 +1,60 @@
+"""How much memory this rank uses: of its GPU, or of the process on a CPU."""
+
+import re
+from pathlib import Path
+
+import torch
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # proc(5): VmHWM begins again with what there is now
+
+
+def used_bytes(device: torch.device) -> int:
+    """Now."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most so far, or since `begin_peak`."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def begin_peak(device: torch.device) -> None:
+    """Let the peak begin again with what is used now; where the system does not, it goes on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif _CLEAR.exists():
+        _CLEAR.write_text(_RESET_PEAK)
+
+
+def _status(name: str) -> int:
+    found = re.search(rf"^{name}:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+    assert found, f"{_STATUS} has no {name}"
+    return int(found[1]) * 1024
+
+
+class SteadyPeak:
+    """The peak of a run from its second step on: in the first the optimizer makes its state.
+
+    Call `reached` with the number of each step that begins.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.at_start_bytes = used_bytes(device)
+        self._first: int | None = None
+        self._is_steady = False
+
+    def reached(self, step: int | None) -> None:
+        """A step is under way, or none."""
+        if step is None or self._is_steady:
+            return
+        self._first = step if self._first is None else self._first
+        if step > self._first:
+            self._is_steady = True
+            begin_peak(self.device)
+
+    @property
+    def grown_bytes(self) -> int:
+        """More than at the start, at the peak."""
+        return peak_bytes(self.device) - self.at_start_bytes

@@ -1,0 +1,52 @@
+"""Sizes of ZeRO's buckets, from the model (pure arithmetic).
+
+DeepSpeed's defaults are for models of tens of gigabytes: a bucket of 500 million gradients, 2 GB in fp32,
+holds all of a model of 460 million parameters at once.
+"""
+
+from typing import Any
+
+from megalite.plan.layout import RankLayout
+from megalite.plan.tensors import LocalTensor, modules_of, tensors_of_rank
+
+LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's default
+LARGEST_PREFETCH = 50_000_000
+LARGEST_PERSISTENT = 100_000
+
+
+def bucket_sizes(layout: RankLayout) -> dict[str, int]:
+    """`zero_optimization` of the DeepSpeed JSON, in elements: what it says, else by the largest layer.
+
+    A bucket takes the gradients of one decoder layer; larger tensors, of embedding and head, are reduced as
+    they are. Vectors stay gathered under ZeRO-3. Where weights are gathered for each micro batch, they are
+    until a bucket of them is there beside a module's: each module would else ask for a bucket more.
+    """
+    stated: dict[str, Any] = layout.deepspeed.raw.get("zero_optimization") or {}
+    tensors = tensors_of_rank(layout)
+    layer = largest_layer(tensors)
+    chosen = {"reduce_bucket_size": min(layer, LARGEST_BUCKET)}
+    if layout.deepspeed.zero_stage == 3:
+        chosen["stage3_prefetch_bucket_size"] = min(layer, LARGEST_PREFETCH)
+        persistent = min(10 * layout.run.model.hidden_size, LARGEST_PERSISTENT)
+        chosen["stage3_param_persistence_threshold"] = persistent
+    sizes = {name: int(float(stated.get(name, size))) for name, size in chosen.items()}
+    if layout.deepspeed.zero_stage == 3 and layout.run.parallel.parameter_gathering == "micro_batch":
+        sizes["stage3_max_live_parameters"] = _live(tensors, sizes)
+    return sizes
+
+
+def _live(tensors: list[LocalTensor], sizes: dict[str, int]) -> int:
+    """Elements that are whole at a time: vectors, a module's, and those that are gathered ahead."""
+    threshold = sizes["stage3_param_persistence_threshold"]
+    small = sum(tensor.numel for tensor in tensors if tensor.numel < threshold)
+    module = max(sum(tensor.numel for tensor in module) for module in modules_of(tensors))
+    return small + module + sizes["stage3_prefetch_bucket_size"]
+
+
+def largest_layer(tensors: list[LocalTensor]) -> int:
+    """Numbers of a rank's largest decoder layer, of what is trained."""
+    layers: dict[int | None, int] = {}
+    for tensor in tensors:
+        if tensor.is_trained and tensor.row.layer is not None:
+            layers[tensor.row.layer] = layers.get(tensor.row.layer, 0) + tensor.numel
+    return max(layers.values())

@@ -1,0 +1,81 @@
+"""Activations over one optimizer step, micro batches in flight and chunks among them (pure arithmetic)."""
+
+from dataclasses import dataclass
+
+from megalite.pipeline.actions import Backward, BackwardInput, Compute, Forward
+from megalite.pipeline.schedule import orders_of
+from megalite.plan.activations import (
+    backward_bytes,
+    head_kept_bytes,
+    head_working_bytes,
+    layer_bytes,
+    left_bytes,
+    recomputed_bytes,
+)
+from megalite.plan.layout import RankLayout
+
+
+@dataclass(frozen=True)
+class ChunkBytes:
+    """Of one chunk of a rank, for one micro batch.
+
+    Attributes:
+        kept: from forward to backward.
+        left: from a split backward's first part to its second.
+        forward: more while forward runs.
+        backward: more while backward runs.
+    """
+
+    kept: int
+    left: int
+    forward: int
+    backward: int
+
+    @classmethod
+    def of(cls, layout: RankLayout, chunk: int, device: str) -> "ChunkBytes":
+        """By its layers and ends."""
+        share = layout.shares[chunk]
+        between = layout.tokens_between * layout.run.model.hidden_size * layout.number_bytes
+        kept = between + sum(layer_bytes(layout, layer, device) for layer in share.layers)
+        working = max(
+            backward_bytes(layout, layer, device) + recomputed_bytes(layout, layer, device)
+            for layer in share.layers
+        )
+        return cls(
+            kept + (head_kept_bytes(layout) if share.has_head else 0),
+            sum(left_bytes(layout, layer, device) for layer in share.layers),
+            head_working_bytes(layout) if share.has_head else backward_bytes(layout, share.layers[0], device),
+            working,
+        )
+
+
+def activation_bytes(
+    layout: RankLayout, device: str, chunks: list[ChunkBytes] | None = None
+) -> tuple[int, int]:
+    """What is kept, and what computing takes beside it, at the moment of a step when both are most."""
+    chunks = chunks or [ChunkBytes.of(layout, chunk, device) for chunk in range(len(layout.shares))]
+    parallel = layout.run.parallel
+    sizes = (
+        parallel.pipeline_schedule,
+        parallel.pp_size,
+        layout.num_micro_batches,
+        layout.placement.num_chunks,
+    )
+    orders, _ = orders_of(*sizes)
+    held, most = 0, (0, 0)
+    for action in orders[layout.topology.place(layout.rank, "pp")]:
+        chunk = chunks[action.chunk]
+        held += chunk.kept if isinstance(action, Forward) else 0
+        working = chunk.forward if isinstance(action, Forward) else chunk.backward
+        most = max(most, (held, working), key=sum)
+        held -= _freed(action, chunk)
+    return most
+
+
+def _freed(action: Compute, chunk: ChunkBytes) -> int:
+    """By an action, less what it leaves."""
+    if isinstance(action, Forward):
+        return 0
+    if isinstance(action, Backward):
+        return chunk.kept
+    return chunk.kept - chunk.left if isinstance(action, BackwardInput) else chunk.left

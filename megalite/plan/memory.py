@@ -1,0 +1,84 @@
+"""What each byte of a rank is for, before the run starts (pure arithmetic).
+
+    plan_memory(run, deepspeed, world_size, rank)  # {"weights": ..., "master copy": ..., ...}
+
+The sum is the most that a rank holds at once from its second step on, when the optimizer's state is there.
+What libraries, data and CUDA take comes on top, and so do transfers within a communication library.
+"""
+
+from collections.abc import Mapping
+
+from megalite.config.deepspeed import DeepSpeedConfig
+from megalite.config.run import RunConfig
+from megalite.plan.buckets import bucket_sizes
+from megalite.plan.flight import activation_bytes
+from megalite.plan.layout import RankLayout
+from megalite.plan.owner import state_bytes
+from megalite.plan.tensors import LocalTensor, tensors_of_rank
+
+MODEL_STATE = ("weights", "master copy", "gradients", "moments")
+
+
+def plan_memory(
+    run: RunConfig, deepspeed: DeepSpeedConfig, world_size: int, rank: int, *, device: str = "cpu"
+) -> dict[str, int]:
+    """Bytes of one of `world_size` ranks by what they are for, in the order of a table.
+
+    device: "cpu" or "cuda", which have other kernels where a run leaves the choice open. Raises ConfigError
+    where the run does not lie on so many ranks.
+    """
+    layout = RankLayout(run, deepspeed, world_size, rank)
+    tensors = tensors_of_rank(layout)
+    sizes = bucket_sizes(layout)
+    kept, working = activation_bytes(layout, device)
+    return {
+        **state_bytes(layout, tensors),
+        "gathered weights": _gathered(layout, tensors, sizes),
+        "buckets": _buckets(layout, sizes),
+        "activations": kept,
+        "working set": max(working, _reduction(layout, tensors, kept, sizes["reduce_bucket_size"])),
+        "communication": _communication(layout),
+    }
+
+
+def _gathered(layout: RankLayout, tensors: list[LocalTensor], sizes: Mapping[str, int]) -> int:
+    """ZeRO-3: whole weights in use; all of a rank's in a step, or a module's, small ones and what comes next.
+
+    What no other rank has a part of is used where it lies.
+    """
+    tensors = [tensor for tensor in tensors if tensor.num_data_ranks > 1]
+    if layout.deepspeed.zero_stage < 3 or not tensors:
+        return 0
+    whole = sum(tensor.numel for tensor in tensors)
+    if layout.run.parallel.parameter_gathering == "step":
+        return whole * layout.number_bytes
+    return min(sizes["stage3_max_live_parameters"], whole) * layout.number_bytes
+
+
+def _buckets(layout: RankLayout, sizes: Mapping[str, int]) -> int:
+    """Where gradients wait for their reduction: ZeRO 1 and 2 have two to communicate while they compute."""
+    stage, zero = layout.deepspeed.zero_stage, layout.deepspeed.raw.get("zero_optimization") or {}
+    if stage == 0:
+        return 0
+    number = 2 if stage < 3 and zero.get("overlap_comm") else 1
+    return number * sizes["reduce_bucket_size"] * layout.number_bytes
+
+
+def _reduction(layout: RankLayout, tensors: list[LocalTensor], kept: int, bucket: int) -> int:
+    """While a bucket, or a larger tensor, is reduced: its copy in one piece, and the part that is left.
+
+    ZeRO-0 reduces all in one, when the activations, `kept` bytes, are gone.
+    """
+    trained = [tensor.numel for tensor in tensors if tensor.is_trained]
+    if layout.deepspeed.zero_stage == 0:
+        return max(0, sum(trained) * layout.number_bytes - kept)
+    piece = max(bucket, *trained)
+    return (piece + piece // layout.num_data_ranks) * layout.number_bytes
+
+
+def _communication(layout: RankLayout) -> int:
+    """What comes from, and goes to, other ranks: between stages, and gathered along the sequence."""
+    h, e = layout.run.model.hidden_size, layout.number_bytes
+    stages = 2 * layout.tokens_between * h * e if layout.run.parallel.pp_size > 1 else 0
+    sequence = layout.tokens * h * e if layout.tp_size > 1 else 0
+    return stages + sequence

@@ -1,0 +1,70 @@
+"""A rank's timeline on disk: what was written is read, and a trace viewer finds what it needs."""
+
+import json
+
+import pytest
+
+from megalite.measure.timeline import (
+    LANES,
+    RankTimeline,
+    Span,
+    TimelineError,
+    read_timelines,
+    timeline_path,
+    write_merged,
+    write_timeline,
+)
+
+
+def timeline(rank, world_size=2, step=3):
+    spans = [
+        Span("compute", "forward 0", 0.5, 0.75, {"action": "Forward", "micro_batch": 0, "chunk": 0}),
+        Span("transfer", "activation 0", 0.25, 0.5, {"peer": 1 - rank}),
+        Span("transfer", "activation 1", 0.375, 0.625, {"peer": 1 - rank}),  # overlaps the first
+        Span("update", "optimizer", 1.0, 1.25),
+    ]
+    facts = {"world_size": world_size, "pp_rank": rank, "step": step}
+    return RankTimeline(rank, {"rank": rank, **facts}, tuple(spans))
+
+
+def write(folder, *timelines):
+    for each in timelines:
+        write_timeline(timeline_path(folder, each.rank), each)
+
+
+def test_what_was_written_is_read(tmp_path):
+    write(tmp_path, timeline(1), timeline(0))
+    found = read_timelines(tmp_path)
+    assert [each.facts for each in found] == [timeline(0).facts, timeline(1).facts]
+    for each in found:
+        assert sorted(each.spans, key=repr) == sorted(timeline(each.rank).spans, key=repr)
+
+
+def test_a_trace_has_a_process_for_each_rank_and_pairs_for_spans_that_overlap(tmp_path):
+    write_merged(tmp_path / "timeline.json", [timeline(0), timeline(1)])
+    events = json.loads((tmp_path / "timeline.json").read_text())["traceEvents"]
+    for rank in range(2):
+        mine = [event for event in events if event["pid"] == rank]
+        named = {event["tid"]: event["args"]["name"] for event in mine if event["name"] == "thread_name"}
+        assert list(named.values()) == list(LANES)
+        [forward] = [event for event in mine if event["name"] == "forward 0"]
+        assert (forward["ph"], forward["ts"], forward["dur"]) == ("X", 0.5e6, 0.25e6)  # microseconds
+        assert named[forward["tid"]] == "compute"
+        begun = {event["id"]: event["ts"] for event in mine if event["ph"] == "b"}
+        ended = {event["id"]: event["ts"] for event in mine if event["ph"] == "e"}
+        assert {(begun[i], ended[i]) for i in begun} == {(0.25e6, 0.5e6), (0.375e6, 0.625e6)}
+    assert len({event["id"] for event in events if event["ph"] == "b"}) == 4  # none shared by ranks
+
+
+def test_a_recording_that_is_not_there_or_not_whole_is_refused(tmp_path):
+    with pytest.raises(TimelineError, match=r"holds no timeline-rank0.json: set logging.timeline_at_step"):
+        read_timelines(tmp_path)
+    write(tmp_path, timeline(1))
+    with pytest.raises(TimelineError, match="timelines of 1 ranks and the run had 2"):
+        read_timelines(tmp_path)
+    write(tmp_path, timeline(0, step=5))
+    with pytest.raises(TimelineError, match="of the steps 3, 5"):
+        read_timelines(tmp_path)
+    timeline_path(tmp_path, 0).write_text('{"traceEvents": []}', encoding="utf-8")
+    with pytest.raises(TimelineError, match=r"timeline-rank0.json is no timeline of megalite"):
+        read_timelines(tmp_path)

@@ -1,0 +1,98 @@
+"""The plan of a rank's memory, by hand and by its own rules; without torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from megalite.config.deepspeed import deepspeed_config_from
+from megalite.config.load import load_run
+from megalite.config.run import RunConfig
+from megalite.plan.buckets import bucket_sizes
+from megalite.plan.flight import ChunkBytes, activation_bytes
+from megalite.plan.layout import RankLayout
+from megalite.plan.memory import plan_memory
+
+# Attention with a key for each query head, MLP, two norms; embedding or head; last norm.
+LAYER, TABLE, LAST = 4 * 64 * 64 + 3 * 64 * 96 + 2 * 64, 256 * 64, 64
+SMALL = [
+    "model.vocab_size=256",
+    "model.hidden_size=64",
+    "model.intermediate_size=96",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=4",
+    "model.num_key_value_heads=4",
+]
+ALL = 2 * LAYER + 2 * TABLE + LAST
+
+
+def layout_of(world_size: int, *overrides: str, rank: int = 0, samples: int = 8, **zero) -> RankLayout:
+    run: RunConfig = load_run(None, [*SMALL, *overrides], None)
+    raw = {"train_batch_size": samples, "train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+    return RankLayout(run, deepspeed_config_from(raw, "a test"), world_size, rank)
+
+
+def plan_of(layout: RankLayout) -> dict[str, int]:
+    return plan_memory(layout.run, layout.deepspeed, layout.world_size, layout.rank)
+
+
+@pytest.mark.parametrize(
+    ("stage", "weights", "gradients", "moments"),
+    [(0, 4, 4, 8), (1, 4, 4, 4), (2, 4, 2, 4), (3, 2, 2, 4)],
+)
+def test_state_of_fp32_on_two_ranks_has_one_copy_of_the_weights(stage, weights, gradients, moments):
+    plan = plan_of(layout_of(2, stage=stage))
+    found = [plan[name] for name in ("weights", "master copy", "gradients", "moments")]
+    assert found == [size * ALL for size in (weights, 0, gradients, moments)]
+
+
+def test_muon_keeps_one_number_for_each_of_a_matrix():
+    plan = plan_of(layout_of(1, "optimizer.name=muon", stage=0))
+    matrices = 2 * (LAYER - 2 * 64)
+    assert plan["moments"] == 4 * matrices + 8 * (ALL - matrices)
+
+
+def test_a_bucket_holds_the_largest_layer_unless_the_json_says_otherwise():
+    chosen = bucket_sizes(layout_of(2, stage=3))
+    assert chosen["reduce_bucket_size"] == chosen["stage3_prefetch_bucket_size"] == LAYER
+    assert chosen["stage3_param_persistence_threshold"] == 640
+    assert bucket_sizes(layout_of(2, stage=3, reduce_bucket_size=5e4))["reduce_bucket_size"] == 50_000
+    assert bucket_sizes(layout_of(2, "model.num_hidden_layers=4", stage=1)) == {"reduce_bucket_size": LAYER}
+    assert bucket_sizes(layout_of(2, "parallel.tp_size=2", stage=1))["reduce_bucket_size"] < LAYER
+
+
+@pytest.mark.parametrize(
+    ("schedule", "most"),
+    [("afab", (8, 8)), ("1f1b", (2, 1)), ("zb-h1", (2, 2))],
+)
+def test_a_schedule_keeps_so_many_micro_batches(schedule, most):
+    """Huang 2019 and Narayanan 2021: all, or at most as many as stages follow, itself among them.
+
+    ZB-H1 leaves of a micro batch what its weights' gradients need: here as much as all.
+    """
+    chunk = ChunkBytes(kept=1000, left=1000, forward=1, backward=1)
+    options = ("parallel.pp_size=2", f"parallel.pipeline_schedule={schedule}")
+    kept = [activation_bytes(layout_of(2, *options, rank=rank), "cpu", [chunk])[0] for rank in range(2)]
+    assert kept == [1000 * number for number in most]
+
+
+def test_recomputation_and_long_samples_keep_less():
+    kept = {
+        name: plan_of(layout_of(1, f"parallel.recompute={name}", stage=0))["activations"]
+        for name in ("none", "selective", "full")
+    }
+    assert kept["none"] > kept["selective"] > kept["full"]
+    probabilities = kept["none"] - kept["selective"]
+    # rows of 64, each with the keys up to its end: 64 x 64 + 64 x 128 for each of 4 heads, in 2 layers
+    assert probabilities == 4 * 2 * 4 * (64 * 64 + 64 * 128)
+
+
+def test_a_stage_without_the_other_end_has_no_table_of_it():
+    first, last = (plan_of(layout_of(2, "parallel.pp_size=2", rank=r, stage=0)) for r in range(2))
+    assert first["weights"] == 4 * (LAYER + TABLE)
+    assert last["weights"] == 4 * (LAYER + TABLE + LAST)
+
+
+def test_a_plan_needs_no_torch():
+    code = "import sys, megalite.plan.memory; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
