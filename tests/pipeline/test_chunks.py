@@ -24,4 +24,5 @@ def norms(rank: int, with_clearing: bool) -> list[float]:
 def test_control_without_clearing_zero_3_adds_the_gradients_of_the_step_before():
     with_clearing, without = (run_distributed(norms, 2, cleared)[0] for cleared in (True, False))
     assert with_clearing[0] == without[0]
-    assert min(abs(b / a - 1) for a, b in zip(with_clearing[1:], without[1:], strict=True)) > 1e-2
+    # Rounding parts such norms by 1e-6. What is added was clipped, and concerns one chunk of each rank only.
+    assert min(abs(b / a - 1) for a, b in zip(with_clearing[1:], without[1:], strict=True)) > 1e-3
