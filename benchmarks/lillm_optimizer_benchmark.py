@@ -1,5 +1,5 @@
 """Training of lilLM, 39.6 million parameters, on the source of Python's standard library in tokens of a BPE
-of 8,192 trained on it: 150 steps of 8 samples of 512 tokens, 614,400 tokens, in bf16 on one CPU process. Muon
+of 8,192 trained on it: 120 steps of 8 samples of 256 tokens, 245,760 tokens, in bf16 on one CPU process. Muon
 against AdamW, each with the best of three learning rates, the same data, 15 steps of warm-up and a cosine to
 a tenth of the rate. Losses are means over the last 15 steps; the time of a step is a median.
 
@@ -21,7 +21,7 @@ TITLE = "Training: Muon, lilLM"
 PEER = "AdamW"
 ROOT = Path(__file__).parent.parent
 RATES = {"muon": (1e-3, 3e-3, 1e-2), "adamw": (3e-4, 1e-3, 3e-3)}
-NUM_STEPS, NUM_LAST = 150, 15
+NUM_STEPS, NUM_LAST = 120, 15
 DEEPSPEED = {
     "train_batch_size": 8,
     "train_micro_batch_size_per_gpu": 4,
@@ -37,8 +37,9 @@ TOOLS = (
     "--append-eod",
 )
 OVERRIDES = (
-    "data.train={0}/python_text_document data.tokenizer={0}/tokenizer output_dir={0}/{1}-{2:g} "
-    "optimizer.name={1} optimizer.learning_rate={2:g} optimizer.beta2=0.95 optimizer.weight_decay=0.1 "
+    "data.train={0}/python_text_document data.tokenizer={0}/tokenizer data.seq_length=256 "
+    "output_dir={0}/{1}-{2:g} optimizer.name={1} optimizer.learning_rate={2:g} optimizer.beta2=0.95 "
+    "optimizer.weight_decay=0.1 "
     "schedule.min_learning_rate={3:g} schedule.num_steps={4} schedule.warmup_steps=15 "
     "schedule.decay_steps=null "
     "checkpoint.save_every_steps=0 checkpoint.save_at_end=false logging.validate_every_steps=0"

@@ -52,6 +52,8 @@ ALIGNED_EXPERTS = EXPERTS.model_copy(
     update={"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 2}
     | {"moe_intermediate_size": 32}
 )
+DEEP_ALIGNED = ALIGNED.model_copy(update={"num_hidden_layers": 4})
+DEEP_ALIGNED_EXPERTS = ALIGNED_EXPERTS.model_copy(update={"num_hidden_layers": 4})
 MODELS = {
     "dense": MODEL,
     "deep": DEEP,
@@ -62,6 +64,8 @@ MODELS = {
     "softmax": SOFTMAX,
     "aligned": ALIGNED,
     "aligned experts": ALIGNED_EXPERTS,
+    "deep aligned": DEEP_ALIGNED,
+    "deep aligned experts": DEEP_ALIGNED_EXPERTS,
 }
 BIAS_RATE = 0.01
 TIED = MODEL.model_copy(update={"tie_word_embeddings": True})

@@ -20,6 +20,17 @@ class Fp8Config(Section):
         "head, routers, routed experts and adapters stay as they are.",
     )
 
+    def check_precision(self, precision: str) -> None:
+        """Raise ConfigError for a precision of the DeepSpeed JSON that nothing is rounded from.
+
+        fp32 is for CPUs, to see what rounding does; a GPU refuses it (parallel/fp8.py).
+        """
+        if self.recipe != "none" and precision == "fp16":
+            raise ConfigError(
+                f"fp8.recipe {self.recipe} rounds bf16 and the DeepSpeed JSON says {precision}: enable bf16 "
+                "there, or set fp8.recipe=none"
+            )
+
     def check_sizes(self, model: ModelConfig, tp_size: int, micro_batch_tokens: int) -> None:
         """Raise ConfigError for a size of the layers that is no multiple of 16 on a rank.
 

@@ -180,18 +180,18 @@ def choose_recipe(
     precision: str,
     capability: Callable[[torch.device], tuple[int, int]] = torch.cuda.get_device_capability,
 ) -> Recipe | None:
-    """A recipe by its name, None for "none"; Fp8Error where the device or the precision has no use for it.
+    """A recipe by its name, None for "none"; Fp8Error where the device has no use for it.
 
-    precision: of the weights, as in the DeepSpeed JSON. On a CPU fp32 goes too, to see what rounding does.
+    precision: of the weights, bf16, or on a CPU fp32, to see what rounding does.
     capability: what tells the version of a GPU.
     """
     if name == "none":
         return None
     is_cpu = device.type == "cpu"
-    if precision not in ("bf16", "fp32") or not (is_cpu or precision == "bf16"):
+    if not is_cpu and precision != "bf16":
         raise Fp8Error(
-            f"fp8.recipe {name} rounds bf16 and the DeepSpeed JSON says {precision}: enable bf16 there, or "
-            "set fp8.recipe=none"
+            f"fp8.recipe {name} rounds bf16 on a GPU and the DeepSpeed JSON says {precision}: enable bf16 "
+            "there, or set fp8.recipe=none"
         )
     if not is_cpu and (device.type != "cuda" or torch.version.hip):
         raise Fp8Error(f"fp8.recipe {name} is for NVIDIA GPUs and this run is on others: set fp8.recipe=none")

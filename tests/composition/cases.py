@@ -9,6 +9,9 @@ from tests.composition.compositions import Composition
 from tests.trainers import Case
 
 H, V, L = "zb-h1", "zbv", "interleaved"
+# Of all recipes the one that takes any number of tokens, and whose scales a micro batch does not change.
+FP8 = {"fp8": "rowwise_with_gw_hp", "model_kind": "deep aligned"}
+FP8_EXPERTS = FP8 | {"model_kind": "deep aligned experts"}
 COMPOSITIONS = [
     Composition(
         Case(
@@ -195,4 +198,27 @@ COMPOSITIONS = [
         optimizer="muon",
         task="dpo",
     ),
+    Composition(
+        Case(tp=2, dp=2, zero=1, padded=True, uneven=True, **FP8_EXPERTS),
+        Case(pp=2, dp=2, schedule=V, recompute="full", ep=2),
+    ),
+    Composition(
+        Case(pp=2, cp=2, zero=2, way="ring", schedule="afab", tied=True, recompute="selective", **FP8),
+        Case(pp=2, dp=2, zero=0, schedule=L),
+        optimizer="muon",
+        task="finetune",
+    ),
+    Composition(
+        Case(tp=2, pp=2, sp=False, schedule=H, **FP8),
+        Case(dp=4),
+        optimizer="qk-clip",
+        task="dpo",
+    ),
+    Composition(
+        Case(cp=4, **FP8),
+        Case(pp=2, cp=2, way="heads"),
+        task="kto",
+        lora=True,
+    ),
+    Composition(Case(dp=4, zero=2, precision="bf16", **FP8), Case(tp=4)),
 ]

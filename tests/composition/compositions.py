@@ -61,9 +61,10 @@ class Composition:
         assert self.before.world_size == self.after.world_size == WORLD_SIZE, self
         for name in ("before", "after"):
             case = getattr(self, name)
-            more = replace(case, tile=TILE, offload=case.recompute == "full")
+            tile = TILE if self.before.fp8 == "none" else 0  # fp8 refuses tiles
+            more = replace(case, tile=tile, offload=case.recompute == "full")
             object.__setattr__(self, name, more)
-        same = ("tied", "precision", "documents", "model_kind", "rule", "padded", "uneven")
+        same = ("tied", "precision", "documents", "model_kind", "rule", "padded", "uneven", "fp8")
         object.__setattr__(self, "after", replace(self.after, **{n: getattr(self.before, n) for n in same}))
 
     def __str__(self) -> str:

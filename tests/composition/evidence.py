@@ -5,6 +5,7 @@ from typing import NamedTuple
 from tests import test_context_equivalence as context
 from tests import test_equivalence as equivalence
 from tests import test_finetuning_equivalence as finetuning
+from tests import test_fp8_equivalence as fp8
 from tests import test_lora_equivalence as lora
 from tests import test_muon_equivalence as muon
 from tests import test_preference_equivalence as preference
@@ -46,6 +47,7 @@ def evidence(compositions: list[Composition]) -> list[Evidence]:
             for case, name in preference.CASES
             if preference.CONFIGS[name].loss != "simpo"
         ],
+        "test_fp8_equivalence.py": [features_of_case(case) | adam for case in fp8.CASES],
     }
     found = [Evidence(test, set().union(*map(pairs_within, of_cases))) for test, of_cases in features.items()]
     return [*found, Evidence("composition/test_compositions.py", set().union(*map(pairs_of, compositions)))]

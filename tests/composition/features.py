@@ -62,6 +62,7 @@ FEATURES: dict[str, Switch] = {
     "QK-clip": Switch((*_MUON, "optimizer.muon.qk_clip=100")),
     "bf16": Switch(deepspeed={"bf16": {"enabled": True}}),
     "fp16": Switch(deepspeed={"fp16": {"enabled": True}}),
+    "fp8": Switch(("fp8.recipe=rowwise_with_gw_hp",)),
     "clipping": Switch(deepspeed={"gradient_clipping": 0.5}),
     "guards": Switch(("guard.spike_sigma=6",)),
     "asynchronous saves": Switch(("checkpoint.asynchronous=true",)),
@@ -113,6 +114,8 @@ REFUSED: dict[Pair, str] = {
     frozenset(("QK-clip", "AdamW")): "has no use for the settings of muon",
     **dict.fromkeys(_between("ZeRO-0", ["bf16", "fp16"]), "gives a wrong gradient norm"),
     frozenset(("bf16", "fp16")): "both enabled",
+    frozenset(("fp8", "fp16")): "rounds bf16",
+    frozenset(("fp8", "tiles")): "would scale each tile by itself",
 }
 
 ALWAYS = {"clipping"}  # of all runs that are compared, in every step
@@ -129,14 +132,14 @@ def features_of_case(case: Case) -> set[str]:
     found |= {"tiles": case.tile > 0, "offload": case.offload}
     found |= {"document masks": case.documents, "padding": case.padded}
     found |= {"uneven labels": case.uneven, "token weights": case.uneven}
-    found |= {case.precision: case.precision != "fp32"}
+    found |= {case.precision: case.precision != "fp32", "fp8": case.fp8 != "none"}
     return {name for name, is_on in found.items() if is_on} | ALWAYS
 
 
 def pairs_within(features: set[str]) -> set[Pair]:
     """What a comparison with one process shows of these; one in few bits shows little but of its format."""
     pairs = {frozenset(pair) for pair in combinations(features, 2)}
-    formats = features & {"bf16", "fp16"}
+    formats = features & {"bf16", "fp16"} or features & {"fp8"}
     return {pair for pair in pairs if pair & formats} if formats else pairs
 
 

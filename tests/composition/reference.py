@@ -16,6 +16,7 @@ from peft.utils import transformers_weight_conversion as peft_conversion
 from megalite.batch import Batch
 from tests.composition.compositions import LIMIT, LORA, ChatBatches, Composition
 from tests.composition.world import NUM_STEPS, PROMPTS, SAVED
+from tests.fp8_reference import with_fp8
 from tests.muon_reference import WrittenOutMuon, WrittenOutQkClip
 from tests.reference import (
     Routers,
@@ -48,6 +49,8 @@ class Plain:
         self.composition, self.chats = composition, chats
         self.rate = composition.before.rate
         theirs: Any = transformers_model(composition.model, SEED)
+        if composition.before.fp8 != "none":
+            theirs = with_fp8(theirs, composition.before.fp8)
         self.routers = Routers(theirs, composition.model)
         self.clip = WrittenOutQkClip(theirs, TAU) if composition.optimizer == "qk-clip" else None
         self.model = _with_adapters(theirs, composition) if composition.lora else theirs

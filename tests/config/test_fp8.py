@@ -63,3 +63,12 @@ def test_of_experts_the_shared_ones_count():
     check(EXPERTS.model_copy(update={"n_shared_experts": 0, "intermediate_size": 100}))
     with pytest.raises(ConfigError, match="intermediate_size makes 100"):
         check(EXPERTS.model_copy(update={"first_k_dense_replace": 1, "intermediate_size": 100}))
+
+
+def test_fp16_is_refused_in_one_line():
+    with pytest.raises(
+        ConfigError, match=r"^fp8.recipe rowwise rounds bf16 and .* says fp16: enable bf16 .*$"
+    ):
+        Fp8Config(recipe="rowwise").check_precision("fp16")
+    for recipe, precision in (("rowwise", "bf16"), ("rowwise", "fp32"), ("none", "fp16")):
+        Fp8Config(recipe=recipe).check_precision(precision)

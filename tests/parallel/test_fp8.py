@@ -255,8 +255,7 @@ def test_the_configuration_asks_for_the_same_multiple():
     ("device", "precision", "capability", "line"),
     [
         ("cuda", "bf16", (8, 0), "needs GPUs of compute capability 8.9 .* and this one has 8.0: set fp8"),
-        ("cuda", "fp32", (9, 0), "rounds bf16 and the DeepSpeed JSON says fp32"),
-        ("cpu", "fp16", None, "rounds bf16 and the DeepSpeed JSON says fp16"),
+        ("cuda", "fp32", (9, 0), "rounds bf16 on a GPU and the DeepSpeed JSON says fp32"),
         ("xpu", "bf16", None, "is for NVIDIA GPUs"),
     ],
 )
