@@ -46,9 +46,9 @@ def measure() -> list[Measurement]:
 def rows_of(found: dict[str, dict[float, tuple[float, float, float]]]) -> list[Measurement]:
     """Rows of the table, from what `train` gave for each optimizer and rate."""
     best = {name: min(of_rates, key=lambda rate: of_rates[rate][0]) for name, of_rates in found.items()}
-    muon, adamw = (found[name][best[name]] for name in RATES)
+    muon, adamw = (found[name][best[name]] for name in ("muon", "adamw"))
     rows = [("loss, best of three rates", "nats", muon[0], adamw[0])]
-    for ours, theirs in zip(*RATES.values(), strict=True):
+    for ours, theirs in zip(found["muon"], found["adamw"], strict=True):
         losses = (found["muon"][ours][0], found["adamw"][theirs][0])
         rows.append((f"loss at rates {ours:g} and {theirs:g}", "nats", *losses))
     rows.append(("a step", "CPU ms", muon[1], adamw[1]))

@@ -12,6 +12,7 @@ import gc
 import os
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,7 +116,10 @@ def compare(rows: Sequence[Row]) -> list[Measurement]:
     """Rows beside their plans, the clusters, and the scatter plot."""
     device = calibrated()
     planned = {row: planned_row(row, device) for row in rows}
-    taken = {row: taken_by(row) for row in rows}
+    taken = {}
+    for row in rows:
+        taken[row] = taken_by(row)
+        _tell(row, taken[row], planned[row])
     results = []
     for row in rows:
         seconds, size_bytes = planned[row]
@@ -130,6 +134,18 @@ def compare(rows: Sequence[Row]) -> list[Measurement]:
         results.append(_less(name, "s", chosen, best))
     draw({row: planned[row] for row in rows}, taken)
     return results
+
+
+def _tell(row: Row, taken: Taken, planned: tuple[float, float]) -> None:
+    """Show progress: both figures of a row, and what their ratio to the plan is."""
+    seconds, size_bytes = planned
+    print(
+        f"{row.name}: {taken.wall_seconds:.3f} s wall, {taken.cpu_seconds:.3f} s of processors, planned "
+        f"{seconds:.3f} ({taken.seconds / seconds:.2f}); {taken.peak_bytes / 2**20:.0f} MiB, planned "
+        f"{size_bytes / 2**20:.0f} ({taken.peak_bytes / size_bytes:.2f})",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _less(name: str, unit: str, taken: float, peer: float) -> Measurement:
@@ -239,9 +255,13 @@ def calibrated() -> DeviceConfig:
     """This machine: its products, its gloo, and what three shapes take on one process beside products."""
     rows = [Row(shape, micro_batch=micro) for shape in CALIBRATION for micro in (2, 4)]
     taken = {row: times_of(row)[1] for row in rows}
+    for row, seconds in taken.items():
+        print(f"calibration {row.name}: {seconds:.3f} s of processors", file=sys.stderr, flush=True)
     bandwidth, latency = in_world(2, gloo_speed)[0]
     start = IDLE.model_copy(update={"link_gb_per_second": bandwidth / 1e9, "link_latency_seconds": latency})
-    return fit(start, taken)
+    device = fit(start, taken)
+    print(f"calibrated: {device}", file=sys.stderr, flush=True)
+    return device
 
 
 def fit(start: DeviceConfig, taken: dict[Row, float]) -> DeviceConfig:
