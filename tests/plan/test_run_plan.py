@@ -199,7 +199,7 @@ def test_a_checkpoint_has_masters_and_moments_once():
         (
             ["pp_size=4", "pipeline_schedule=interleaved", "num_chunks=4"],
             {},
-            "parallel.pp_size 4 x 4 chunks are 16 stages and model.num_hidden_layers is 8",
+            "pp_size 4 x 4 chunks of pipeline_schedule interleaved exceeds model.num_hidden_layers 8",
         ),
         ([], {"batch": 24}, "train_batch_size 24 is not divisible by"),
         (["ep_size=2", *EXPERTS], {}, "parallel.ep_size 2 needs ZeRO stage 3"),
