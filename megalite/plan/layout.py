@@ -109,13 +109,12 @@ def stages_of(run: RunConfig) -> Placement:
 
 
 def check_stages(run: RunConfig) -> None:
-    """Raise ScheduleError for chunks that the schedule does not have, ConfigError where they have no layers."""
-    layers, placement = run.model.num_hidden_layers, stages_of(run)
+    """Raise ScheduleError for chunks that a schedule does not have, ConfigError where they have no layers."""
+    name, layers, placement = run.parallel.pipeline_schedule, run.model.num_hidden_layers, stages_of(run)
     if layers < placement.num_stages:
         raise ConfigError(
             f"parallel.pp_size {placement.num_ranks} x {placement.num_chunks} chunks of pipeline_schedule "
-            f"{run.parallel.pipeline_schedule} exceeds model.num_hidden_layers {layers}: use at most {layers} "
-            "in all"
+            f"{name} exceeds model.num_hidden_layers {layers}: use at most {layers} in all"
         )
 
 
