@@ -17,7 +17,10 @@ import torch
 
 from benchmarks.measurement import Measurement, in_fresh_process, median_seconds
 from benchmarks.token_files import random_lengths, write_random, write_sparse
-from megalite.config.run import DataConfig, LoggingConfig, RunConfig, ScheduleConfig
+from megalite.config.data import DataConfig
+from megalite.config.logging import LoggingConfig
+from megalite.config.run import RunConfig
+from megalite.config.schedule import ScheduleConfig
 from megalite.data.gpt_dataset import GPTDataset
 from megalite.data.indexed_dataset import IndexedDataset
 from megalite.data.loader import BatchLoader, check_vocabulary

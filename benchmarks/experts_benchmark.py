@@ -24,9 +24,11 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.measurement import Measurement, seconds_of_rounds
 from benchmarks.world import in_world
 from megalite.batch import Batch
+from megalite.config.data import DataConfig
 from megalite.config.deepspeed import deepspeed_config_from
 from megalite.config.model import ModelConfig
-from megalite.config.run import DataConfig, ParallelConfig, RunConfig
+from megalite.config.parallel import ParallelConfig
+from megalite.config.run import RunConfig
 from megalite.model.moe import routers_of
 from megalite.parallel import dispatch, grouped
 

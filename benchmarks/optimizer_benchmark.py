@@ -14,9 +14,12 @@ import torch
 
 from benchmarks.measurement import Measurement
 from benchmarks.world import in_world
+from megalite.config.data import DataConfig
 from megalite.config.deepspeed import deepspeed_config_from
 from megalite.config.model import ModelConfig
-from megalite.config.run import DataConfig, OptimizerConfig, RunConfig, ScheduleConfig
+from megalite.config.optimizer import OptimizerConfig
+from megalite.config.run import RunConfig
+from megalite.config.schedule import ScheduleConfig
 
 TITLE = "Training: Muon"
 PEER = "AdamW"

@@ -10,8 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megalite.batch import Batch
 from megalite.checkpoint.hf_config import hf_config
-from megalite.config.run import OptimizerConfig, RunConfig
-from megalite.training.engine import TORCH_DTYPES
+from megalite.config.optimizer import OptimizerConfig
+from megalite.config.run import RunConfig
+from megalite.training.precision import TORCH_DTYPES
 
 Step = Callable[[], float]
 

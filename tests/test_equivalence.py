@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalite.config.run import OptimizerConfig
+from megalite.config.optimizer import OptimizerConfig
 from megalite.parallel.shard import spec_of
 from megalite.training.engine import initialize_communication
 from megalite.training.trainer import StageTrainer

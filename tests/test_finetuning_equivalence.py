@@ -25,8 +25,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from megalite.config.data import DataConfig
 from megalite.config.deepspeed import DeepSpeedConfig
-from megalite.config.run import DataConfig, OptimizerConfig, RunConfig, ScheduleConfig
+from megalite.config.optimizer import OptimizerConfig
+from megalite.config.run import RunConfig
+from megalite.config.schedule import ScheduleConfig
 from megalite.data.chat_loader import ChatLoader
 from megalite.data.error import DataError
 from megalite.data.loader import PreparedBatches

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megalite.batch import Batch
 from megalite.config.muon import MuonConfig
-from megalite.config.run import OptimizerConfig
+from megalite.config.optimizer import OptimizerConfig
 from megalite.parallel.context import ParallelContext
 from megalite.training.checkpoints import live_pieces
 from megalite.training.engine import initialize_communication

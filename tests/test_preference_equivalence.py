@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from megalite.batch import IGNORED, Batch
-from megalite.config.run import LoggingConfig, RunConfig
+from megalite.config.logging import LoggingConfig
+from megalite.config.run import RunConfig
 from megalite.config.tuning import LoraConfig, PreferenceConfig
 from megalite.parallel.context import ParallelContext
 from megalite.training.engine import initialize_communication

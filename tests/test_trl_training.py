@@ -27,7 +27,11 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 import megalite
-from megalite.config.run import CheckpointConfig, DataConfig, LoggingConfig, RunConfig, ScheduleConfig
+from megalite.config.checkpoint import CheckpointConfig
+from megalite.config.data import DataConfig
+from megalite.config.logging import LoggingConfig
+from megalite.config.run import RunConfig
+from megalite.config.schedule import ScheduleConfig
 from megalite.config.tuning import PreferenceConfig
 from megalite.data.chat import open_chat
 from megalite.data.packing import SampleOrder

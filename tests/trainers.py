@@ -8,10 +8,14 @@ import torch
 import torch._dynamo
 
 from megalite.batch import IGNORED, Batch
+from megalite.config.balancing import BalancingConfig
+from megalite.config.data import DataConfig
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.fp8 import Fp8Config
 from megalite.config.model import ModelConfig
-from megalite.config.run import BalancingConfig, DataConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megalite.config.optimizer import OptimizerConfig
+from megalite.config.parallel import ParallelConfig
+from megalite.config.run import RunConfig
 from megalite.config.tuning import LoraConfig
 from megalite.parallel.context import ParallelContext
 from megalite.training.trainer import StageTrainer, build_context

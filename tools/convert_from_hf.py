@@ -9,7 +9,8 @@ from megalite.checkpoint.hf_folder import HFFolder
 from megalite.checkpoint.proof import prove
 from megalite.checkpoint.verification import verify
 from megalite.checkpoint.weights import Weights
-from megalite.config.run import DataConfig, RunConfig
+from megalite.config.data import DataConfig
+from megalite.config.run import RunConfig
 from megalite.error import run_command
 from megalite.model.flops import num_parameters
 

@@ -17,7 +17,6 @@ from megalite.config.deepspeed import load_deepspeed
 from megalite.config.load import load_run
 from megalite.data.datasets import build_datasets
 from tools.journey import (
-    ENVIRONMENT,
     ROOT,
     JourneyError,
     Script,
@@ -29,6 +28,7 @@ from tools.journey import (
     read_metric,
     run_folder,
     say,
+    tell_end,
     tokenize,
     travel,
 )
@@ -54,17 +54,14 @@ A folder that an earlier demo wrote is replaced.
 example:
   python tools/demo.py --output runs/short --steps 300 --min-loss-drop 1.5
 """
-NEXT = """\
-Everything lies in {run}
+CONTENTS = """\
   corpus/                   the text, and its tokens in Megatron's .bin and .idx
   tokenizer/                loads with transformers.AutoTokenizer
   metrics.jsonl, .png       each step's loss, gradient norm, learning rate and speed; tensorboard/ as well
   checkpoints/              complete state, for any layout; with config.yaml and deepspeed.json, the run
   pipeline/                 the run in two stages
-  hf/                       loads with transformers.AutoModelForCausalLM
-
-Go on in {root}
-  {environment}
+  hf/                       loads with transformers.AutoModelForCausalLM"""
+COMMANDS = """\
   python tools/generate.py --checkpoint {run}/checkpoints --prompt "def __init__(self"
   tensorboard --logdir {run}
   deepspeed --num_gpus 4 launchers/pretrain.py --deepspeed_config configs/deepspeed/zero3.json \\
@@ -114,8 +111,7 @@ def demonstrate(arguments: argparse.Namespace) -> None:
 
     demo.stage("Curves")
     demo.run("python tools/plot_run.py {run}")
-    say(f"\nDone in {demo.clock()}")
-    say(NEXT.format(run=folder, root=ROOT, environment=ENVIRONMENT))
+    tell_end(demo, CONTENTS, COMMANDS)
 
 
 # What the promises are checked with

@@ -11,17 +11,11 @@ from matplotlib.patches import Patch, Rectangle
 
 from megalite.error import UserError, run_command
 from megalite.measure.figure import save_figure
-from megalite.pipeline.actions import Backward, BackwardInput, BackwardWeight, Forward
+from megalite.pipeline.actions import WORDS, Backward, BackwardInput, BackwardWeight, Forward
 from megalite.pipeline.orders import RULES
 from megalite.pipeline.schedule import orders_of
 from megalite.pipeline.timeline import Interval, bubble_fraction, play
 
-KINDS: dict[type, str] = {
-    Forward: "forward",
-    Backward: "backward",
-    BackwardInput: "input gradient",
-    BackwardWeight: "weight gradient",
-}
 FILL = {Forward: "#c6dbef", Backward: "#fdd0a2", BackwardInput: "#fdd0a2", BackwardWeight: "#c7e9c0"}
 EDGE = {Forward: "#2563a8", Backward: "#c2571a", BackwardInput: "#c2571a", BackwardWeight: "#2e7d32"}
 NAMES = {
@@ -72,8 +66,8 @@ def draw_ranks(axes: Axes, intervals: list[Interval], font_points: float) -> Non
 def explain(figure: Figure, intervals: list[Interval]) -> None:
     """The legend, of what is in the picture."""
     drawn = {type(interval.action) for interval in intervals}
-    kinds = [kind for kind in KINDS if kind in drawn]
-    legend = [Patch(facecolor=FILL[kind], edgecolor=EDGE[kind], label=KINDS[kind]) for kind in kinds]
+    kinds = [kind for kind in WORDS if kind in drawn]
+    legend = [Patch(facecolor=FILL[kind], edgecolor=EDGE[kind], label=WORDS[kind]) for kind in kinds]
     if any(interval.action.chunk for interval in intervals):
         legend.append(Patch(facecolor=_darker("#dddddd"), edgecolor="#777777", label="dark: second chunk"))
     legend.append(Patch(facecolor="#f1f1f1", edgecolor="#bbbbbb", label="waiting"))

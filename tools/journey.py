@@ -27,7 +27,15 @@ PREPROCESS = """python tools/preprocess_data.py
     --append-eod"""
 GENERATE = """python tools/generate.py
     --checkpoint {run}/checkpoints --prompt {prompt} --max-new-tokens 120 --temperature 0.6 --seed {seed}"""
-ENVIRONMENT = "export PATH=$PWD/.venv/bin:$PATH DS_ACCELERATOR=cpu"
+END = """
+Done in {clock}{learned}
+
+Everything lies in {run}
+{contents}
+
+Go on in {root}
+  export PATH=$PWD/.venv/bin:$PATH DS_ACCELERATOR=cpu
+{commands}"""
 
 
 class JourneyError(UserError):
@@ -84,6 +92,14 @@ def generate(script: Script, prompts: Sequence[str]) -> list[str]:
     return [
         script.run(GENERATE, before=prompt, prompt=prompt, seed=seed) for seed, prompt in enumerate(prompts)
     ]
+
+
+def tell_end(script: Script, contents: str, commands: str, learned: Sequence[str] = ()) -> None:
+    """Say what was learned, what lies in the folder, and what to do with it; {run} stands for the folder."""
+    folder = {"run": script.values["run"]}
+    told = {"contents": contents.format(**folder), "commands": commands.format(**folder)}
+    lines = "".join(f"\n  {line}" for line in learned)
+    say(END.format(clock=script.clock(), learned=lines, root=ROOT, **folder, **told))
 
 
 def say(text: str) -> None:

@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from megalite.config.load import load_run
 from tools.journey import (
-    ENVIRONMENT,
     ROOT,
     JourneyError,
     Script,
@@ -25,7 +24,7 @@ from tools.journey import (
     make_room,
     read_metric,
     run_folder,
-    say,
+    tell_end,
     tokenize,
     travel,
 )
@@ -49,19 +48,13 @@ A folder that an earlier laptop run wrote is replaced.
 example:
   python tools/laptop.py --output runs/short --steps 300 --min-loss-drop 1.5 --min-known 0.5
 """
-RESULT = """
-Done in {clock}
-  {learned}
-
-Everything lies in {run}
+CONTENTS = """\
   metrics.png               the picture of the loss, with gradient norm, learning rate and speed
   metrics.jsonl             each step's numbers; tensorboard/ as well
   corpus/                   the text, and its tokens in Megatron's .bin and .idx
   tokenizer/                loads with transformers.AutoTokenizer
-  checkpoints/              complete state, for any layout; with config.yaml and deepspeed.json, the run
-
-Go on in {root}
-  {environment}
+  checkpoints/              complete state, for any layout; with config.yaml and deepspeed.json, the run"""
+COMMANDS = """\
   python tools/generate.py --checkpoint {run}/checkpoints --prompt "The name of"
   python tools/convert_to_hf.py --checkpoint {run}/checkpoints --output {run}/hf --verify"""
 
@@ -99,8 +92,7 @@ def train_and_speak(arguments: argparse.Namespace) -> None:
     laptop.stage("Text that it writes")
     texts, known = generate(laptop, PROMPTS), read_words(ROOT / folder / "corpus/prose.jsonl")
     learned.append(check_words(texts, known, arguments.min_known))
-    where = {"run": folder, "root": ROOT, "environment": ENVIRONMENT}
-    say(RESULT.format(clock=laptop.clock(), learned="\n  ".join(learned), **where))
+    tell_end(laptop, CONTENTS, COMMANDS, learned)
 
 
 def check_validation(loss: float, first: float, by_nats: float) -> str:

@@ -15,7 +15,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from megalite.config.load import load_run
 from megalite.tokenizer.load import load_tokenizer
 from tools.journey import (
-    ENVIRONMENT,
     ROOT,
     JourneyError,
     Script,
@@ -26,6 +25,7 @@ from tools.journey import (
     read_metric,
     run_folder,
     say,
+    tell_end,
     tokenize,
     travel,
 )
@@ -77,18 +77,12 @@ it is made by tools/write_lessons.py: nothing is downloaded. A folder that an ea
 example:
   python tools/lillm.py --output runs/short --steps 300 --min-loss-drop 3 --min-right 0 --min-accuracy 0.5
 """
-RESULT = """
-Done in {clock}
-  {learned}
-
-Everything lies in {run}
+CONTENTS = """\
   corpus/                   texts, conversations, pairs of answers, held-out questions
   tokenizer/                loads with transformers.AutoTokenizer
   pretrained/ tuned/ preferred/   the three runs: metrics.png and .jsonl, checkpoints/, config.yaml
-  exported/                 with its chat template, loads with transformers.AutoModelForCausalLM
-
-Go on in {root}
-  {environment}
+  exported/                 with its chat template, loads with transformers.AutoModelForCausalLM"""
+COMMANDS = """\
   python tools/generate.py --checkpoint {run}/exported --chat --temperature 0
   python tools/convert_to_hf.py --checkpoint {run}/preferred --output {run}/adapter --adapter"""
 
@@ -121,8 +115,7 @@ def teach_and_talk(arguments: argparse.Namespace) -> None:
     script.stage("Pictures of all curves")
     for run in ("pretrained", "tuned", "preferred"):
         script.run("python tools/plot_run.py {run}/{output}", output=run)
-    where = {"run": folder, "root": ROOT, "environment": ENVIRONMENT}
-    say(RESULT.format(clock=script.clock(), learned="\n  ".join(learned), **where))
+    tell_end(script, CONTENTS, COMMANDS, learned)
 
 
 def short_run(num_steps: int | None) -> dict[str, str]:

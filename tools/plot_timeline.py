@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -12,15 +11,20 @@ from matplotlib.figure import Figure
 
 from megalite.error import run_command
 from megalite.measure.figure import save_figure
-from megalite.measure.timeline import RankTimeline, Span, TimelineError, read_timelines, write_merged
-from megalite.pipeline.actions import Compute
+from megalite.measure.timeline import (
+    RankTimeline,
+    TimelineError,
+    pipelines_of,
+    read_timelines,
+    write_merged,
+)
+from megalite.pipeline.actions import computation_of
 from megalite.pipeline.orders import Order
 from megalite.pipeline.placement import Placement
 from megalite.pipeline.schedule import orders_of
 from megalite.pipeline.timeline import Interval, idle, mean_durations, play, replay
-from tools.draw_schedule import KINDS, draw_ranks, explain
+from tools.draw_schedule import draw_ranks, explain
 
-COMPUTATIONS = {kind.__name__: kind for kind in KINDS}
 HEADINGS = ("compute", "waits, measured", "without transfers", "planned", "optimizer", "in collectives")
 
 
@@ -44,22 +48,17 @@ def measured_intervals(pipeline: Sequence[RankTimeline], orders: Sequence[Order]
     """
     spans = [timeline.lane("compute") for timeline in pipeline]
     for timeline, of_rank, order in zip(pipeline, spans, orders, strict=True):
-        if [_action(span) for span in of_rank] != order:
+        if [computation_of(span.detail) for span in of_rank] != order:
             raise TimelineError(
                 f"rank {timeline.rank} recorded {len(of_rank)} computations that are not the {len(order)} of "
                 f"its schedule {timeline.facts['pipeline_schedule']}: record again"
             )
     first = min(span.begin_seconds for of_rank in spans for span in of_rank)
     return [
-        Interval(span.begin_seconds - first, span.end_seconds - first, rank, _action(span))
-        for rank, of_rank in enumerate(spans)
-        for span in of_rank
+        Interval(span.begin_seconds - first, span.end_seconds - first, rank, action)
+        for rank, (of_rank, order) in enumerate(zip(spans, orders, strict=True))
+        for span, action in zip(of_rank, order, strict=True)
     ]
-
-
-def _action(span: Span) -> Compute:
-    kind = COMPUTATIONS[span.detail["action"]]
-    return kind(span.detail["micro_batch"], span.detail["chunk"])
 
 
 def planned_intervals(
@@ -112,13 +111,6 @@ def draw(pipeline: Sequence[RankTimeline]) -> Figure:
     axes.set_xlabel("seconds since the first forward began")
     explain(figure, measured)
     return figure
-
-
-def pipelines_of(timelines: Sequence[RankTimeline]) -> list[list[RankTimeline]]:
-    """The ranks of each pipeline, first stage first."""
-    place = [(t.facts["pipeline"], t.facts["pp_rank"], t) for t in timelines]
-    ordered = sorted(place, key=lambda item: item[:2])
-    return [[item[2] for item in group] for _, group in groupby(ordered, key=lambda item: item[0])]
 
 
 def plot_timeline(arguments: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ from megalite.parallel.context import ParallelContext
 from megalite.parallel.deferred import Deferred, DeferredGradients, scalar_of
 from megalite.parallel.shard import spec_of
 from megalite.parallel.topology import DATA_AXES, MODEL_AXES
-from megalite.training.engine import TORCH_DTYPES
+from megalite.training.precision import TORCH_DTYPES
 
 FP32_BYTES = 4
 

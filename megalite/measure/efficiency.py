@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megalite.config.device import DeviceConfig
 from megalite.error import UserError
+from megalite.measure.timeline import OVERLAPPING, RankTimeline, found_timelines
 from megalite.plan.job import Job
 from megalite.plan.step_time import StepTime, step_time
 
@@ -87,20 +88,17 @@ def fitted_device(job: Job, measured_seconds: float) -> DeviceConfig:
 def measured_waiting(run_dir: Path) -> float | None:
     """The share of the recorded step in which ranks wait; None where none is recorded.
 
-    A rank's trace has complete events of the categories "compute" and "wait" among others.
+    Raises TimelineError for a file that is no recording.
     """
-    paths = sorted(run_dir.glob("timeline-rank*.json"))
-    if not paths:
-        return None
-    shares = [_waiting_of(json.loads(path.read_text(encoding="utf-8"))["traceEvents"]) for path in paths]
-    return statistics.mean(shares)
+    timelines = found_timelines(run_dir)
+    return statistics.mean(map(_waiting_of, timelines)) if timelines else None
 
 
-def _waiting_of(events: list[dict]) -> float:
-    spans = [event for event in events if event.get("ph") == "X"]
-    waited = sum(event["dur"] for event in spans if event.get("cat") == "wait")
-    begin, end = (min(e["ts"] for e in spans), max(e["ts"] + e["dur"] for e in spans))
-    return float(waited / (end - begin))
+def _waiting_of(timeline: RankTimeline) -> float:
+    """From the first to the last that the rank itself did; transfers and collectives go on besides."""
+    own = [span for span in timeline.spans if span.lane not in OVERLAPPING]
+    begin, end = min(span.begin_seconds for span in own), max(span.end_seconds for span in own)
+    return sum(span.seconds for span in timeline.lane("wait")) / (end - begin)
 
 
 def _with_efficiency(job: Job, value: float) -> Job:

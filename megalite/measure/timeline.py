@@ -1,12 +1,15 @@
 """What one rank did in a step, and when, on disk: Chrome's trace event format, which Perfetto reads.
 
-A rank is a process, a lane a thread. Spans of the lanes that may overlap are pairs of asynchronous events,
-others complete events; times are microseconds of rank 0's clock since it began to record.
+A rank is a process, a lane a thread and a category. Spans of the lanes that may overlap are pairs of
+asynchronous events, others complete events; times are microseconds of rank 0's clock since it began to
+record. Facts of the run are in `otherData`. The format:
+https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMh4h6I0nSsKchNAySU
 """
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ from megalite.error import UserError
 from megalite.files import write_text
 
 LANES = ("compute", "update", "wait", "collective wait", "post", "transfer", "collective")
+PLACE = ("world_size", "pp_rank", "step")  # facts of every recording
 OVERLAPPING = ("transfer", "collective")
 MICROSECONDS = 1e6
+FILES = "timeline-rank*.json"
 
 
 class TimelineError(UserError):
@@ -39,7 +44,7 @@ class Span:
 
 @dataclass(frozen=True)
 class RankTimeline:
-    """The spans of one rank. facts: of the run and of the rank's place in it, in plain values."""
+    """The spans of one rank. facts: of the run and of the rank's place in it, in plain values, by name."""
 
     rank: int
     facts: Mapping[str, Any]
@@ -68,17 +73,29 @@ def write_merged(path: Path, timelines: Iterable[RankTimeline]) -> None:
     write_text(path, json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
 
 
+def found_timelines(run_dir: Path) -> list[RankTimeline]:
+    """The timelines that a run has, by rank: of some ranks perhaps, and with what facts there are.
+
+    Raises TimelineError for a file that is none.
+    """
+    return sorted(map(_read, run_dir.glob(FILES)), key=lambda timeline: timeline.rank)
+
+
 def read_timelines(run_dir: Path) -> list[RankTimeline]:
     """All ranks' timelines of a run, by rank.
 
     Raises TimelineError where there are none, a rank's is missing, or they are of different steps.
     """
-    found = [_read(path) for path in run_dir.glob("timeline-rank*.json")]
-    found.sort(key=lambda timeline: timeline.rank)
+    found = found_timelines(run_dir)
     if not found:
         raise TimelineError(
             f"{run_dir} holds no timeline-rank0.json: set logging.timeline_at_step to a step of the run"
         )
+    for timeline in found:
+        missing = [name for name in PLACE if name not in timeline.facts]
+        if missing:
+            path = timeline_path(run_dir, timeline.rank)
+            raise TimelineError(f"{path} does not say {missing[0]} in otherData: record it again")
     expected = found[0].facts["world_size"]
     if [timeline.rank for timeline in found] != list(range(expected)):
         raise TimelineError(
@@ -94,12 +111,22 @@ def read_timelines(run_dir: Path) -> list[RankTimeline]:
     return found
 
 
+def pipelines_of(timelines: Iterable[RankTimeline]) -> list[list[RankTimeline]]:
+    """The ranks that hold one model together, first stage first; all as one where the facts do not say."""
+    places = [(t.facts.get("pipeline", 0), t.facts.get("pp_rank", t.rank), t) for t in timelines]
+    ordered = sorted(places, key=lambda place: place[:2])
+    return [[timeline for *_, timeline in group] for _, group in groupby(ordered, key=lambda place: place[0])]
+
+
 def _read(path: Path) -> RankTimeline:
     try:
+        rank = int(path.stem.removeprefix("timeline-rank"))
         content = json.loads(path.read_text(encoding="utf-8"))
-        facts = content["otherData"]
-        return RankTimeline(facts["rank"], facts, tuple(_spans(content["traceEvents"])))
-    except (ValueError, KeyError, TypeError) as error:
+        spans = sorted(_spans(content["traceEvents"]), key=lambda span: span.begin_seconds)
+        if not spans:
+            raise ValueError("it holds no spans")
+        return RankTimeline(rank, dict(content.get("otherData", {})), tuple(spans))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TimelineError(f"{path} is no timeline of megalite ({error!r}): record it again") from None
 
 
@@ -128,8 +155,8 @@ def _spans(events: Iterable[Mapping[str, Any]]) -> Iterator[Span]:
     for event in events:
         if event["ph"] == "b":
             begun[event["id"]] = event
-        elif event["ph"] in "Xe":
+        elif event["ph"] in ("X", "e"):
             first = begun.pop(event["id"]) if event["ph"] == "e" else event
             end = event["ts"] if event["ph"] == "e" else event["ts"] + event["dur"]
-            times = (first["ts"] / MICROSECONDS, end / MICROSECONDS)
-            yield Span(first["cat"], first["name"], *times, first["args"])
+            times = float(first["ts"]) / MICROSECONDS, float(end) / MICROSECONDS
+            yield Span(first["cat"], str(first["name"]), *times, first.get("args", {}))

@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from megalite.config.balancing import BalancingConfig
 from megalite.config.model import ModelConfig
-from megalite.config.run import BalancingConfig
 from megalite.model.moe import TopKRouter
 from megalite.parallel.context import Group, ParallelContext, group_size
 from megalite.parallel.dispatch import counts_of

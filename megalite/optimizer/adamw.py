@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from megalite.config.run import OptimizerConfig
+from megalite.config.optimizer import OptimizerConfig
 from megalite.optimizer.kinds import ADAM_KINDS, kinds_of
 from megalite.optimizer.recipe import ParameterGroup
 from megalite.optimizer.slices import MasterSlice

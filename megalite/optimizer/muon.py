@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from megalite.config.run import OptimizerConfig
+from megalite.config.optimizer import OptimizerConfig
 from megalite.optimizer.adamw import AdamW
 from megalite.optimizer.kinds import MOMENTUM, is_orthogonalized, kinds_of
 from megalite.optimizer.newton_schulz import orthogonalize, scale_of

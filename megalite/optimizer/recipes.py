@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from megalite.config.run import OptimizerConfig
+from megalite.config.optimizer import OptimizerConfig
 from megalite.optimizer.adamw import AdamW
 from megalite.optimizer.muon import Muon
 from megalite.optimizer.recipe import Recipe

@@ -4,8 +4,9 @@ A model's layers are cut into stages, numbered along the way of a micro batch. E
 one stage, or several, its chunks.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from megalite.error import UserError
 
@@ -81,6 +82,25 @@ AnyBackward = Backward | BackwardInput | BackwardWeight
 Compute = Forward | AnyBackward
 Action = Compute | Transfer | Handover
 
+# Each kind of computation, as people read it.
+WORDS: dict[type[Compute], str] = {
+    Forward: "forward",
+    Backward: "backward",
+    BackwardInput: "input gradient",
+    BackwardWeight: "weight gradient",
+}
+
 
 class ScheduleError(UserError):
     """A schedule that does not exist, or of nothing."""
+
+
+def detail_of(action: Action) -> dict[str, Any]:
+    """An action in plain values, as recorded timelines keep it."""
+    return {"action": type(action).__name__, **asdict(action)}
+
+
+def computation_of(detail: Mapping[str, Any]) -> Compute | None:
+    """The inverse for computations, but for `is_last`; None for plain values of something else."""
+    kind = {kind.__name__: kind for kind in WORDS}.get(detail.get("action", ""))
+    return kind(detail["micro_batch"], detail["chunk"]) if kind else None

@@ -6,7 +6,10 @@ holds all of a model of 460 million parameters at once.
 
 from typing import Any
 
+from megalite.config.deepspeed import DeepSpeedConfig
+from megalite.config.run import RunConfig
 from megalite.plan.layout import RankLayout
+from megalite.plan.stage import StageSize, largest_layer, rank_size
 from megalite.plan.tensors import LocalTensor, modules_of, tensors_of_rank
 
 LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's default
@@ -21,18 +24,21 @@ def bucket_sizes(layout: RankLayout) -> dict[str, int]:
     they are. Vectors stay gathered under ZeRO-3. Where weights are gathered for each micro batch, they are
     until a bucket of them is there beside a module's: each module would else ask for a bucket more.
     """
-    stated: dict[str, Any] = layout.deepspeed.raw.get("zero_optimization") or {}
-    tensors = tensors_of_rank(layout)
-    layer = largest_layer(tensors)
-    chosen = {"reduce_bucket_size": min(layer, LARGEST_BUCKET)}
-    if layout.deepspeed.zero_stage == 3:
-        chosen["stage3_prefetch_bucket_size"] = min(layer, LARGEST_PREFETCH)
-        persistent = min(10 * layout.run.model.hidden_size, LARGEST_PERSISTENT)
-        chosen["stage3_param_persistence_threshold"] = persistent
-    sizes = {name: int(float(stated.get(name, size))) for name, size in chosen.items()}
+    sizes = collective_sizes(layout.run, layout.deepspeed, rank_size(layout.run, layout.shares))
     if layout.deepspeed.zero_stage == 3 and layout.run.parallel.parameter_gathering == "micro_batch":
-        sizes["stage3_max_live_parameters"] = _live(tensors, sizes)
+        sizes["stage3_max_live_parameters"] = _live(tensors_of_rank(layout), sizes)
     return sizes
+
+
+def collective_sizes(run: RunConfig, deepspeed: DeepSpeedConfig, size: StageSize) -> dict[str, int]:
+    """Those of them that say how much goes into one collective. size: of all that the rank holds."""
+    stated: dict[str, Any] = deepspeed.raw.get("zero_optimization") or {}
+    layer = largest_layer(run, size)
+    chosen = {"reduce_bucket_size": min(layer, LARGEST_BUCKET)}
+    if deepspeed.zero_stage == 3:
+        chosen["stage3_prefetch_bucket_size"] = min(layer, LARGEST_PREFETCH)
+        chosen["stage3_param_persistence_threshold"] = min(10 * run.model.hidden_size, LARGEST_PERSISTENT)
+    return {name: int(float(stated.get(name, elements))) for name, elements in chosen.items()}
 
 
 def _live(tensors: list[LocalTensor], sizes: dict[str, int]) -> int:
@@ -41,12 +47,3 @@ def _live(tensors: list[LocalTensor], sizes: dict[str, int]) -> int:
     small = sum(tensor.numel for tensor in tensors if tensor.numel < threshold)
     module = max(sum(tensor.numel for tensor in module) for module in modules_of(tensors))
     return small + module + sizes["stage3_prefetch_bucket_size"]
-
-
-def largest_layer(tensors: list[LocalTensor]) -> int:
-    """Numbers of a rank's largest decoder layer, of what is trained."""
-    layers: dict[int | None, int] = {}
-    for tensor in tensors:
-        if tensor.is_trained and tensor.row.layer is not None:
-            layers[tensor.row.layer] = layers.get(tensor.row.layer, 0) + tensor.numel
-    return max(layers.values())

@@ -12,7 +12,7 @@ from typing import Literal
 
 from megalite.config.device import DeviceConfig
 from megalite.model.share import StageShare
-from megalite.plan.buckets import LARGEST_PREFETCH
+from megalite.plan.buckets import collective_sizes
 from megalite.plan.job import Job
 from megalite.plan.stage import StageSize, stage_size
 
@@ -90,44 +90,83 @@ def transfer_flow(job: Job) -> Flow:
     return Flow("send", "pp", "activations", "forward", _activation_bytes(job) / cut, 1, 2, together)
 
 
+@dataclass(frozen=True)
+class _Partitioned:
+    """What ZeRO partitions over one group.
+
+    Attributes:
+        held, trained: numbers, and those that get a gradient.
+        num_buckets, num_gathers: collectives in which all gradients are reduced, and all weights gathered.
+    """
+
+    held: int
+    trained: int
+    num_buckets: int
+    num_gathers: int
+
+
 def data_flows(job: Job, size: StageSize) -> list[Flow]:
     """Of ZeRO, over the ranks that see other tokens: per step, and per micro batch; size: of a whole rank."""
-    dense_trained = size.trained - (size.expert if size.trained > size.expert else 0)
+    dense, experts = _partitioned(job, size)
     dp_and_cp = (job.data_size, max(1, min(job.data_size, job.devices_per_node // job.run.parallel.tp_size)))
-    layers, expert_layers = size.num_layers, size.num_expert_layers
-    flows = list(_partition_flows(job, "dp", size.dense, dense_trained, layers, *dp_and_cp))
+    flows = list(_partition_flows(job, "dp", dense, *dp_and_cp))
     if size.expert and job.run.parallel.ep_size > 1:
         edp = job.topology["edp"].size, job.members_per_node("edp")
-        flows += _partition_flows(job, "edp", size.expert, size.expert, expert_layers, *edp)
+        flows += _partition_flows(job, "edp", experts, *edp)
     elif size.expert:
-        flows += _partition_flows(job, "dp", size.expert, size.expert, expert_layers, *dp_and_cp)
+        flows += _partition_flows(job, "dp", experts, *dp_and_cp)
     return flows
 
 
+def _partitioned(job: Job, size: StageSize) -> tuple[_Partitioned, _Partitioned]:
+    """What experts have no part in, and they. A table larger than a bucket is reduced as it is."""
+    sizes = collective_sizes(job.run, job.deepspeed, size)
+    bucket, prefetch = sizes["reduce_bucket_size"], sizes.get("stage3_prefetch_bucket_size", 0)
+    of_experts = 0 if job.run.lora.rank else size.expert
+    of_layers = size.trained - of_experts - size.ends
+
+    def num_gathers(held: int, num_layers: int) -> int:
+        """Nothing is fetched ahead of what a layer needs if prefetch is 0."""
+        return max(num_layers, ceil(held / prefetch)) if prefetch else num_layers
+
+    return (
+        _Partitioned(
+            held=size.dense,
+            trained=size.trained - of_experts,
+            num_buckets=size.num_tables + ceil(of_layers / bucket),
+            num_gathers=num_gathers(size.dense, size.num_layers),
+        ),
+        _Partitioned(
+            held=size.expert,
+            trained=of_experts,
+            num_buckets=ceil(of_experts / bucket),
+            num_gathers=num_gathers(size.expert, size.num_expert_layers),
+        ),
+    )
+
+
 def _partition_flows(
-    job: Job, axis: str, held: int, trained: int, num_layers: int, num_ranks: int, together: int
+    job: Job, axis: str, whole: _Partitioned, num_ranks: int, together: int
 ) -> Iterator[Flow]:
     stage, width = job.deepspeed.zero_stage, job.weight_bytes
     if num_ranks == 1:
         return
     zero = job.deepspeed.raw.get("zero_optimization") or {}
     overlaps = bool(zero.get("overlap_comm", stage == 3))
-    stated = zero.get("reduce_bucket_size")
-    num_buckets = ceil(trained / float(stated)) if stated else num_layers  # see plan/buckets.py
     group = num_ranks, together
     reduce: Kind = "all-reduce" if stage == 0 else "reduce-scatter"
     phase: Phase = "step" if stage < 2 else "backward_weight"
-    yield Flow(reduce, axis, "gradients", phase, trained * width / num_buckets, num_buckets, *group, overlaps)
-    if stage in (1, 2):
-        yield Flow("all-gather", axis, "new weights", "step", trained * width, 1, *group)
+    if whole.trained:
+        part = whole.trained * width / whole.num_buckets
+        yield Flow(reduce, axis, "gradients", phase, part, whole.num_buckets, *group, overlaps)
+    if whole.trained and stage in (1, 2):
+        yield Flow("all-gather", axis, "new weights", "step", whole.trained * width, 1, *group)
     if stage == 3:
-        prefetch = float(zero.get("stage3_prefetch_bucket_size", LARGEST_PREFETCH))
-        num_gathers = max(num_layers, ceil(held / prefetch))
         once = job.run.parallel.parameter_gathering == "step"
         phases: tuple[Phase, ...] = ("step",) if once else ("forward", "backward_input")
         for phase in phases:
-            part = held * width / num_gathers
-            yield Flow("all-gather", axis, "weights", phase, part, num_gathers, *group, True)
+            part = whole.held * width / whole.num_gathers
+            yield Flow("all-gather", axis, "weights", phase, part, whole.num_gathers, *group, True)
 
 
 def _tensor_flows(job: Job, share: StageShare) -> Iterator[Flow]:

@@ -14,7 +14,7 @@ from megalite.model.share import StageShare
 from megalite.parallel.topology import Topology
 from megalite.pipeline.orders import RULES
 from megalite.pipeline.placement import Placement
-from megalite.plan.layout import NUMBER_BYTES, grid_of, shares_of_rank, stages_of
+from megalite.plan.layout import NUMBER_BYTES, check_stages, grid_of, shares_of_rank, stages_of
 
 
 @dataclass(frozen=True)
@@ -100,12 +100,7 @@ def check_job(job: Job) -> None:
     run.check_zero_stage(job.deepspeed.zero_stage)
     run.check_optimizer(job.deepspeed.raw)
     job.deepspeed.num_micro_batches(dp_size)
-    stages, layers = job.placement.num_stages, run.model.num_hidden_layers
-    if layers < stages:
-        raise ConfigError(
-            f"parallel.pp_size {parallel.pp_size} x {job.placement.num_chunks} chunks are {stages} stages "
-            f"and model.num_hidden_layers is {layers}: use at most {layers} stages"
-        )
+    check_stages(run)
     if parallel.tp_size > job.devices_per_node:
         raise ConfigError(
             f"parallel.tp_size {parallel.tp_size} exceeds the {job.devices_per_node} devices of a node, and "

@@ -5,6 +5,7 @@ from functools import cached_property
 
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.run import RunConfig
+from megalite.config.section import ConfigError
 from megalite.model.share import StageShare
 from megalite.parallel.topology import DATA_AXES, Topology
 from megalite.pipeline.partition import layers_of_stage
@@ -105,6 +106,16 @@ def stages_of(run: RunConfig) -> Placement:
     """How the stages lie on the ranks of a pipeline."""
     parallel = run.parallel
     return placement_of(parallel.pipeline_schedule, parallel.pp_size, parallel.num_chunks)
+
+
+def check_stages(run: RunConfig) -> None:
+    """Raise ScheduleError for chunks that a schedule does not have, ConfigError where they have no layers."""
+    name, layers, placement = run.parallel.pipeline_schedule, run.model.num_hidden_layers, stages_of(run)
+    if layers < placement.num_stages:
+        raise ConfigError(
+            f"parallel.pp_size {placement.num_ranks} x {placement.num_chunks} chunks of pipeline_schedule "
+            f"{name} exceeds model.num_hidden_layers {layers}: use at most {layers} in all"
+        )
 
 
 def shares_of_rank(run: RunConfig, placement: Placement, rank: int) -> list[StageShare]:

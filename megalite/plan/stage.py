@@ -26,6 +26,7 @@ class StageSize:
         trained_products: of `products` the ones that get a gradient.
         trained: numbers that get a gradient, experts among them.
         table: of the embedding's or the head's table, where it is here.
+        num_tables, ends: tables of embedding and head that get a gradient; all such numbers not in layers.
     """
 
     num_layers: int = 0
@@ -37,6 +38,8 @@ class StageSize:
     trained_products: int = 0
     trained: int = 0
     table: int = 0
+    num_tables: int = 0
+    ends: int = 0
 
     def __add__(self, other: "StageSize") -> "StageSize":
         return StageSize(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
@@ -53,13 +56,24 @@ class StageSize:
 
 def stage_size(run: RunConfig, share: StageShare) -> StageSize:
     """The sizes of one share."""
-    lora = (run.lora.rank, tuple(run.lora.targets)) if run.lora.rank else NO_ADAPTERS
-    return _cached_stage_size(run.model, run.parallel.tp_size, run.parallel.ep_size, lora, share)
+    return _cached_stage_size(run.model, run.parallel.tp_size, run.parallel.ep_size, _adapters(run), share)
 
 
 def rank_size(run: RunConfig, shares: Iterable[StageShare]) -> StageSize:
     """The sizes of all shares of a rank together."""
     return sum((stage_size(run, share) for share in shares), StageSize())
+
+
+def largest_layer(run: RunConfig, size: StageSize) -> int:
+    """Numbers that get a gradient in the largest decoder layer of a rank. size: of all of its shares."""
+    sizes = run.model, run.parallel.tp_size, run.parallel.ep_size, _adapters(run)
+    num_dense_layers = size.num_layers - size.num_expert_layers
+    kinds = [False] * (num_dense_layers > 0) + [True] * (size.num_expert_layers > 0)
+    return max(_layer_size(*sizes, has_experts).trained for has_experts in kinds)
+
+
+def _adapters(run: RunConfig) -> Adapters:
+    return (run.lora.rank, tuple(run.lora.targets)) if run.lora.rank else NO_ADAPTERS
 
 
 @lru_cache(maxsize=65536)  # a search asks of few shares for many layouts
@@ -75,8 +89,10 @@ def _cached_stage_size(
     is_one_table = model.tie_word_embeddings and (share.has_embedding or share.has_other_end)
     tables = share.has_embedding + (share.has_head and not is_one_table)
     ends = tables * table + share.has_head * model.hidden_size
-    trained = 0 if lora[0] else ends
-    return layers + StageSize(dense=ends, trained=trained, table=table if share.has_head else 0)
+    sizes = StageSize(dense=ends, table=table if share.has_head else 0)
+    if not lora[0]:
+        sizes += StageSize(trained=ends, num_tables=tables, ends=ends)
+    return layers + sizes
 
 
 @lru_cache(maxsize=4096)

@@ -29,8 +29,7 @@ from megalite.preflight.inventory import Inventory, take_inventory
 from megalite.preflight.meeting import Meeting, StuckError, within
 from megalite.preflight.verdict import Values, Verdict
 from megalite.training.layout import build_context
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from megalite.training.precision import TORCH_DTYPES
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ def _measure_device(job: Job, probes: Probes) -> dict[str, Any]:
     problems, on_gpu = [], device.type == "cuda"
     if on_gpu:
         problems += [memory_problem(*torch.cuda.mem_get_info(device)), ecc_problem(device)]
-    dtype = DTYPES[job.deepspeed.precision] if on_gpu else torch.float32
+    dtype = TORCH_DTYPES[job.deepspeed.precision] if on_gpu else torch.float32
     product = measure_product(device, dtype, probes.multiply)
     if not product.is_right:
         problems.append("a matrix product is wrong")

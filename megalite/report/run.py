@@ -16,10 +16,10 @@ from megalite.inspection.contents import DEEPSPEED, read_rows
 from megalite.inspection.inventory import Item, look_at
 from megalite.measure.memory_table import RankMemory
 from megalite.measure.metrics import METRICS_FILE
+from megalite.measure.timeline import RankTimeline, found_timelines
 from megalite.report.content import ReportError
 from megalite.report.memory_file import read_memory
 from megalite.report.starts import Start, starts_of
-from megalite.report.trace import Trace, read_traces
 
 CONFIG = "config.yaml"
 NOT_NUMBERS = ("expert_tokens",)  # of a row: layer -> tokens of its experts
@@ -40,7 +40,7 @@ class Run:
         starts: of its jobs.
         evaluations: records of tools/evaluate.py, by the name of their files.
         memory: of each rank, from memory.json.
-        traces: recorded timelines of a step, a rank each.
+        timelines: recorded of a step, a rank each.
         missing: what could not be read, a line each.
     """
 
@@ -53,7 +53,7 @@ class Run:
     starts: Sequence[Start] = ()
     evaluations: Mapping[str, Evaluation] = field(default_factory=dict)
     memory: Sequence[RankMemory] = ()
-    traces: Sequence[Trace] = ()
+    timelines: Sequence[RankTimeline] = ()
     missing: Sequence[str] = ()
 
     @property
@@ -66,7 +66,9 @@ class Run:
         """Of the job that wrote the newest checkpoint, or a timeline; None where neither is there."""
         manifest = self.newest.manifest if self.newest else None
         return (
-            manifest.world_size if manifest else next((t.facts.get("world_size") for t in self.traces), None)
+            manifest.world_size
+            if manifest
+            else next((t.facts.get("world_size") for t in self.timelines), None)
         )
 
     @property
@@ -105,7 +107,7 @@ def read_run(folder: Path, name: str) -> Run:
     """
     missing: list[str] = []
     rows = numbered_rows(folder)
-    no_traces: list[Trace] = []
+    no_timelines: list[RankTimeline] = []
     no_memory: list[RankMemory] = []
     return Run(
         name,
@@ -117,7 +119,7 @@ def read_run(folder: Path, name: str) -> Run:
         starts=starts_of(folder),
         evaluations=_attempt(missing, lambda: _evaluations(folder), {}),
         memory=_attempt(missing, lambda: read_memory(folder), no_memory),
-        traces=_attempt(missing, lambda: read_traces(folder), no_traces),
+        timelines=_attempt(missing, lambda: found_timelines(folder), no_timelines),
         missing=missing,
     )
 

@@ -15,7 +15,8 @@ from megalite.config.tuning import LoraConfig
 from megalite.error import UserError
 from megalite.exit_status import FINISHED, MISTAKE
 from megalite.model.table import adaptable_layers
-from megalite.pipeline.schedule import placement_of, rule_of
+from megalite.pipeline.schedule import rule_of
+from megalite.plan.layout import check_stages
 from megalite.training.environment import Environment, choose_cpu_accelerator
 
 EPILOG = """The JSON owns batch sizes, precision, ZeRO and gradient clipping; the YAML owns the rest.
@@ -65,21 +66,16 @@ def resolve(args: Namespace, world_size: int, task: str) -> tuple[RunConfig, Dee
     run.fp8.check_precision(deepspeed.precision)
     run.fp8.check_sizes(run.model, run.parallel.tp_size, tokens)
     run.check_zero_options(deepspeed.raw)
-    _check_pipeline(run)
+    check_stages(run)
+    _check_split_backward(run)
     run.check_optimizer(deepspeed.raw)
     _check_targets(run)
     return run, deepspeed
 
 
-def _check_pipeline(run: RunConfig) -> None:
-    """Raise UserError for chunks that the schedule does not have, or that no layers are left for."""
-    name, layers = run.parallel.pipeline_schedule, run.model.num_hidden_layers
-    placement = placement_of(name, run.parallel.pp_size, run.parallel.num_chunks)
-    if layers < placement.num_stages:
-        raise ConfigError(
-            f"parallel.pp_size {placement.num_ranks} x {placement.num_chunks} chunks of pipeline_schedule "
-            f"{name} exceeds model.num_hidden_layers {layers}: use at most {layers} in all"
-        )
+def _check_split_backward(run: RunConfig) -> None:
+    """Raise ConfigError for frozen weights under a schedule that computes the gradients of weights apart."""
+    name = run.parallel.pipeline_schedule
     if run.lora.rank and rule_of(name).splits_backward:
         raise ConfigError(
             f"lora.rank {run.lora.rank} freezes weights, and pipeline_schedule {name} computes their "

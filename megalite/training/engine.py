@@ -29,6 +29,7 @@ from megalite.parallel.mpu import ModelParallelUnit
 from megalite.parallel.shard import spec_of
 from megalite.parallel.topology import DATA_AXES, MODEL_AXES
 from megalite.training.masters import share_masters, update_from_partitions
+from megalite.training.precision import TORCH_DTYPES
 from megalite.training.zero import (
     clear_gradients,
     inner_optimizer,
@@ -39,7 +40,6 @@ from megalite.training.zero import (
     with_shapes,
 )
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EXPERTS = "experts"  # our name in DeepSpeed's tables of groups
 Refuses = Callable[[float], bool]
 NO_SIZES: Mapping[str, int] = {}

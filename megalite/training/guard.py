@@ -11,7 +11,7 @@ from math import isfinite
 from statistics import fmean, pstdev
 from typing import Any, Literal
 
-from megalite.config.run import GuardConfig
+from megalite.config.guard import GuardConfig
 from megalite.error import UserError
 from megalite.training.trainer import StepResult
 

@@ -35,7 +35,7 @@ from megalite.plan.memory import plan_memory
 from megalite.training.checkpoints import Checkpoints, find_newest
 from megalite.training.course import Course
 from megalite.training.data import open_data, with_references
-from megalite.training.engine import TORCH_DTYPES, initialize_communication
+from megalite.training.engine import initialize_communication
 from megalite.training.environment import Environment, node_name
 from megalite.training.evaluation import LiveEvaluation
 from megalite.training.guard import Guard
@@ -44,6 +44,7 @@ from megalite.training.memory import state_of_engine
 from megalite.training.node_disk import open_disk
 from megalite.training.output import make_folder, write_configs
 from megalite.training.places import Place, hang_watch
+from megalite.training.precision import TORCH_DTYPES
 from megalite.training.processes import run_job
 from megalite.training.saving import Saving
 from megalite.training.starts import note_start

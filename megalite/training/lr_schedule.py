@@ -2,7 +2,8 @@
 
 from math import cos, pi
 
-from megalite.config.run import OptimizerConfig, ScheduleConfig
+from megalite.config.optimizer import OptimizerConfig
+from megalite.config.schedule import ScheduleConfig
 
 
 def learning_rate_at(step: int, schedule: ScheduleConfig, optimizer: OptimizerConfig) -> float:

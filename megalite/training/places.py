@@ -4,7 +4,8 @@ from enum import StrEnum
 from math import inf
 from pathlib import Path
 
-from megalite.config.run import RunConfig, WatchConfig
+from megalite.config.run import RunConfig
+from megalite.config.watch import WatchConfig
 from megalite.watch.limits import Limit
 from megalite.watch.marks import Marks
 from megalite.watch.witness import HangWatch

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.checkpoint.format import CheckpointError, Piece, folder_step
-from megalite.config.run import CheckpointConfig
+from megalite.config.checkpoint import CheckpointConfig
 from megalite.training.checkpoints import Checkpoints
 from megalite.training.engine import StageEngine
 from megalite.training.stopping import Request

@@ -7,8 +7,9 @@ from megalite.checkpoint.format import CheckpointError, list_steps
 from megalite.checkpoint.hf import import_folder
 from megalite.checkpoint.hf_folder import CONFIG_FILE, HFFolder
 from megalite.checkpoint.load import find_checkpoint, newest_checkpoint, read_config, require_checkpoint
+from megalite.config.checkpoint import CheckpointConfig
 from megalite.config.model import ModelConfig
-from megalite.config.run import CheckpointConfig, RunConfig
+from megalite.config.run import RunConfig
 from megalite.config.section import ConfigError
 from megalite.training.world import on_rank_0
 

@@ -21,7 +21,7 @@ from megalite.measure.recorder import Noted, Recorder, clock_of
 from megalite.measure.timeline import RankTimeline, Span, timeline_path, write_timeline
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.mappings import WAIT
-from megalite.pipeline.actions import Action, Backward, BackwardInput, BackwardWeight, Forward, Transfer
+from megalite.pipeline.actions import WORDS, Action, Forward, Transfer, detail_of
 from megalite.pipeline.recording import Record, not_recorded
 from megalite.training.environment import silence_profiler
 from megalite.training.world import gather
@@ -30,12 +30,6 @@ MEETINGS, ANCHORS = 20, 5  # from which the clocks of ranks, and the profiler's,
 ANCHOR = "the profiler's clock meets the host's"
 COLLECTIVES = ("gloo:", "ncclDevKernel")
 TRANSFERS = ("gloo:send", "gloo:recv")  # the runner knows better: gloo's end when they are waited for
-WORDS: dict[type, str] = {
-    Forward: "forward",
-    Backward: "backward",
-    BackwardInput: "input gradient",
-    BackwardWeight: "weight gradient",
-}
 WITHOUT_ACTION = {"wait": "sends to leave", "update": "optimizer"}
 
 
@@ -107,7 +101,7 @@ def _spans(noted: list[Noted]) -> Iterator[Span]:
         if action is None:
             yield Span(lane, WITHOUT_ACTION[lane], begin, end)
             continue
-        detail = {"action": type(action).__name__, **asdict(action)}
+        detail = detail_of(action)
         if isinstance(action, Transfer):
             yield Span(lane, f"{action.verb} {action.kind} {action.micro_batch}", begin, end, detail)
             if action.verb == "receive":

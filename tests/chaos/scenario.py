@@ -20,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from megalite.checkpoint.format import MANIFEST, list_steps, step_folder
-from megalite.config.run import CheckpointConfig, RunConfig, ScheduleConfig
+from megalite.config.checkpoint import CheckpointConfig
+from megalite.config.run import RunConfig
+from megalite.config.schedule import ScheduleConfig
 from megalite.exit_status import FINISHED, STOPPED, STORAGE
 from tests.chaos.faults import ERRORS, Fault
 from tests.chaos.life import REFUSED, Life, live, read_losses

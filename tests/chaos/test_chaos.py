@@ -8,7 +8,7 @@ import pytest
 from megalite.checkpoint import damage, save
 from megalite.checkpoint.format import read_manifest
 from megalite.checkpoint.publication import remove
-from megalite.config.run import CheckpointConfig
+from megalite.config.checkpoint import CheckpointConfig
 from tests.chaos.faults import Fault
 from tests.chaos.run import main, read
 from tests.chaos.scenario import ChaosError, Play, Scenario, Undisturbed

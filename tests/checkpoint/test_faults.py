@@ -24,7 +24,7 @@ from megalite.checkpoint.load import find_checkpoint, read_state, read_tensor
 from megalite.checkpoint.local import NodeDisk, bring, carry, find_freight, save_locally
 from megalite.checkpoint.retention import Retention
 from megalite.checkpoint.save import save_checkpoint
-from megalite.config.run import CheckpointConfig
+from megalite.config.checkpoint import CheckpointConfig
 from megalite.training.checkpoints import Capture, Checkpoints
 from megalite.training.saving import Saving
 from tests.chaos.operations import KINDS, Operation, watched

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megalite.checkpoint import save as save_module
 from megalite.checkpoint.format import CheckpointError, Piece, list_steps
 from megalite.checkpoint.load import find_checkpoint, read_tensor
-from megalite.config.run import CheckpointConfig
+from megalite.config.checkpoint import CheckpointConfig
 from megalite.training.checkpoints import Capture, Checkpoints
 from megalite.training.saving import Saving
 from tests.trainers import Case, deepspeed_config, run_config

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 
 from megalite.batch import IGNORED, Batch
+from megalite.config.data import DataConfig
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.model import ModelConfig
-from megalite.config.run import DataConfig, OptimizerConfig, RunConfig
+from megalite.config.optimizer import OptimizerConfig
+from megalite.config.run import RunConfig
 from megalite.config.tuning import LoraConfig, PreferenceConfig
 from megalite.data.chat import open_chat
 from megalite.data.chat_loader import ChatLoader

@@ -15,7 +15,8 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from megalite.batch import Batch
-from megalite.config.run import CheckpointConfig, GuardConfig
+from megalite.config.checkpoint import CheckpointConfig
+from megalite.config.guard import GuardConfig
 from megalite.training.checkpoints import Checkpoints, find_newest
 from megalite.training.engine import initialize_communication
 from megalite.training.guard import Guard

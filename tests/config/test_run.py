@@ -1,9 +1,10 @@
 import pytest
 from pydantic import ValidationError
 
+from megalite.config.data import DataConfig
 from megalite.config.load import ConfigError, load_run
 from megalite.config.model import ModelConfig
-from megalite.config.run import DataConfig, RunConfig
+from megalite.config.run import RunConfig
 
 EXPERTS = ["model.n_routed_experts=8", "model.moe_intermediate_size=64"]
 CASES = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from megalite.config.run import KernelConfig
+from megalite.config.kernels import KernelConfig
 from megalite.kernels.attention import ATTENTIONS, attend_by_sdpa
 from megalite.kernels.choice import KernelError, choose_kernels
 from megalite.kernels.norm import NORMS, norm_by_rows

@@ -9,6 +9,8 @@ from megalite.measure.timeline import (
     RankTimeline,
     Span,
     TimelineError,
+    found_timelines,
+    pipelines_of,
     read_timelines,
     timeline_path,
     write_merged,
@@ -68,3 +70,25 @@ def test_a_recording_that_is_not_there_or_not_whole_is_refused(tmp_path):
     timeline_path(tmp_path, 0).write_text('{"traceEvents": []}', encoding="utf-8")
     with pytest.raises(TimelineError, match=r"timeline-rank0.json is no timeline of megalite"):
         read_timelines(tmp_path)
+
+
+def test_a_recording_of_some_ranks_or_without_facts_is_found_and_not_taken_for_a_whole_one(tmp_path):
+    span = {"ph": "X", "cat": "compute", "name": "forward 0", "ts": 1e6, "dur": 5e5}
+    timeline_path(tmp_path, 10).write_text(json.dumps({"traceEvents": [span]}), encoding="utf-8")
+    write(tmp_path, timeline(2))
+    assert [each.rank for each in found_timelines(tmp_path)] == [2, 10]
+    [alone] = [each for each in found_timelines(tmp_path) if each.rank == 10]
+    assert (alone.facts, alone.spans) == ({}, (Span("compute", "forward 0", 1.0, 1.5),))
+    with pytest.raises(TimelineError, match=r"timeline-rank10.json does not say world_size in otherData"):
+        read_timelines(tmp_path)
+
+
+def test_ranks_of_a_pipeline_stand_together_by_stage():
+    def placed(rank, pipeline, pp_rank):
+        return RankTimeline(rank, {"pipeline": pipeline, "pp_rank": pp_rank}, ())
+
+    timelines = [placed(0, 0, 1), placed(1, 1, 0), placed(2, 0, 0), placed(3, 1, 1)]
+    assert [[each.rank for each in ranks] for ranks in pipelines_of(timelines)] == [[2, 0], [1, 3]]
+    assert pipelines_of([RankTimeline(rank, {}, ()) for rank in (1, 0)]) == [
+        [RankTimeline(rank, {}, ()) for rank in (0, 1)]
+    ]

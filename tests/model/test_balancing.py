@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from megalite.config.balancing import BalancingConfig
 from megalite.config.model import ModelConfig
-from megalite.config.run import BalancingConfig
 from megalite.model.balancing import BINS, RULES, ExpertBalancing, ExpertLoad, QuantileRule, SignRule
 from megalite.model.moe import TopKRouter
 from megalite.parallel.context import ParallelContext

@@ -18,8 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRMSNorm
 
+from megalite.config.balancing import BalancingConfig
 from megalite.config.model import ModelConfig
-from megalite.config.run import BalancingConfig
 from megalite.model import balancing, llama
 from megalite.model.balancing import RULES, ExpertBalancing
 from megalite.model.llama import LlamaStage

@@ -15,7 +15,7 @@ from torch import nn
 
 from megalite.batch import Batch
 from megalite.config.model import ModelConfig
-from megalite.config.run import ParallelConfig
+from megalite.config.parallel import ParallelConfig
 from megalite.kernels.choice import choose_kernels
 from megalite.model import llama
 from megalite.model.llama import LlamaStage

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalite.config.run import OptimizerConfig
+from megalite.config.optimizer import OptimizerConfig
 from megalite.model.llama import LlamaStage
 from megalite.model.share import StageShare
 from megalite.optimizer.adamw import AdamW

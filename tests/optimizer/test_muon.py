@@ -3,7 +3,7 @@
 import pytest
 
 from megalite.config.muon import MuonConfig
-from megalite.config.run import OptimizerConfig
+from megalite.config.optimizer import OptimizerConfig
 from megalite.model.llama import LlamaStage
 from megalite.model.share import StageShare
 from megalite.model.table import model_table

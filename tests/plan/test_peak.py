@@ -11,9 +11,11 @@ from torch._C._profiler import _EventType as EventType
 from torch.profiler import ProfilerActivity, profile
 
 from megalite.batch import Batch
+from megalite.config.data import DataConfig
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.model import ModelConfig
-from megalite.config.run import DataConfig, OptimizerConfig, RunConfig
+from megalite.config.optimizer import OptimizerConfig
+from megalite.config.run import RunConfig
 from megalite.config.tuning import LoraConfig
 from megalite.parallel.context import ParallelContext
 from megalite.plan.memory import plan_memory

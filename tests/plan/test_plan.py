@@ -12,6 +12,8 @@ from megalite.plan.buckets import bucket_sizes
 from megalite.plan.flight import ChunkBytes, activation_bytes
 from megalite.plan.layout import RankLayout
 from megalite.plan.memory import plan_memory
+from megalite.plan.stage import largest_layer, rank_size
+from megalite.plan.tensors import tensors_of_rank
 
 # Attention with a key for each query head, MLP, two norms; embedding or head; last norm.
 LAYER, TABLE, LAST = 4 * 64 * 64 + 3 * 64 * 96 + 2 * 64, 256 * 64, 64
@@ -24,6 +26,12 @@ SMALL = [
     "model.num_key_value_heads=4",
 ]
 ALL = 2 * LAYER + 2 * TABLE + LAST
+EXPERTS = [
+    "model.n_routed_experts=4",
+    "model.moe_intermediate_size=32",
+    "model.first_k_dense_replace=1",
+    "model.num_experts_per_tok=2",
+]
 
 
 def layout_of(world_size: int, *overrides: str, rank: int = 0, samples: int = 8, **zero) -> RankLayout:
@@ -59,6 +67,25 @@ def test_a_bucket_holds_the_largest_layer_unless_the_json_says_otherwise():
     assert bucket_sizes(layout_of(2, stage=3, reduce_bucket_size=5e4))["reduce_bucket_size"] == 50_000
     assert bucket_sizes(layout_of(2, "model.num_hidden_layers=4", stage=1)) == {"reduce_bucket_size": LAYER}
     assert bucket_sizes(layout_of(2, "parallel.tp_size=2", stage=1))["reduce_bucket_size"] < LAYER
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["parallel.pp_size=2"],
+        ["parallel.tp_size=2", "parallel.pp_size=2", *EXPERTS],
+        ["parallel.ep_size=2", *EXPERTS],
+        ["parallel.pp_size=2", "lora.rank=4"],
+    ],
+)
+def test_the_largest_layer_is_that_of_the_rank_s_tensors(options, rank):
+    layout = layout_of(4, *options, rank=rank, stage=3)
+    layers: dict[int, int] = {}
+    for tensor in tensors_of_rank(layout):
+        if tensor.row.layer is not None and tensor.is_trained:
+            layers[tensor.row.layer] = layers.get(tensor.row.layer, 0) + tensor.numel
+    assert largest_layer(layout.run, rank_size(layout.run, layout.shares)) == max(layers.values())
 
 
 @pytest.mark.parametrize(

@@ -33,17 +33,18 @@ SMALL = [
     "model.num_hidden_layers=8", "model.num_attention_heads=8", "model.num_key_value_heads=8",
     "data.seq_length=64",
 ]  # fmt: skip
+LAYER = 4 * 64 * 64 + 3 * 64 * 128 + 2 * 64
 EXPERTS = [
     "model.n_routed_experts=8", "model.moe_intermediate_size=32", "model.n_shared_experts=1",
     "model.first_k_dense_replace=1",
 ]  # fmt: skip
 
 
-def job_of(*overrides, nodes=1, per_node=8, zero=1, batch=32, micro=2, device=PLAIN):
+def job_of(*overrides, nodes=1, per_node=8, zero=1, batch=32, micro=2, device=PLAIN, **sizes):
     """A small run, `overrides` of its parallel section or with a dot of any."""
     words = [word if "." in word else f"parallel.{word}" for word in overrides]
     raw = {"train_batch_size": batch, "train_micro_batch_size_per_gpu": micro}
-    raw["zero_optimization"] = {"stage": zero}
+    raw["zero_optimization"] = {"stage": zero} | sizes
     run = load_run(None, [*SMALL, *words])
     return Job(run, deepspeed_config_from(raw, "a test"), device, nodes, per_node)
 
@@ -136,6 +137,28 @@ def test_zero_sends_as_often_as_its_stage_says(zero, gathering, expected):
     )
 
 
+@pytest.mark.parametrize(
+    ("sizes", "reductions", "gathers"),
+    [
+        ({}, 8 + 2, 12),  # a layer; a table each; 8 layers, and tables of 1.6 layers each
+        ({"reduce_bucket_size": LAYER / 2}, 2 * 8 + 2, 12),
+        ({"stage3_prefetch_bucket_size": LAYER / 2}, 8 + 2, 23),
+        ({"stage3_prefetch_bucket_size": 0}, 8 + 2, 8),
+    ],
+)  # fmt: skip
+def test_as_much_goes_into_one_collective_as_the_run_sets(sizes, reductions, gathers):
+    job = job_of(zero=3, **sizes)
+    calls = {flow.what: flow.num_calls for flow in data_flows(job, rank_size(job.run, job.shares(0)))}
+    assert calls == {"gradients": reductions, "weights": gathers}
+
+
+def test_adapters_alone_are_reduced_beside_experts():
+    job = job_of("lora.rank=4", *EXPERTS, zero=1)
+    size = rank_size(job.run, job.shares(0))
+    reduced = [flow for flow in data_flows(job, size) if flow.what == "gradients"]
+    assert sum(flow.size_bytes * flow.num_calls for flow in reduced) == pytest.approx(4 * size.trained)
+
+
 def test_a_ring_that_leaves_the_node_goes_at_the_speed_of_its_ranks_networks():
     within = Flow("all-gather", "dp", "", "step", 8e9, 1, 8, 8)
     two_nodes = Flow("all-gather", "dp", "", "step", 16e9, 1, 16, 8)
@@ -199,7 +222,7 @@ def test_a_checkpoint_has_masters_and_moments_once():
         (
             ["pp_size=4", "pipeline_schedule=interleaved", "num_chunks=4"],
             {},
-            "parallel.pp_size 4 x 4 chunks are 16 stages and model.num_hidden_layers is 8",
+            "pp_size 4 x 4 chunks of pipeline_schedule interleaved exceeds model.num_hidden_layers 8",
         ),
         ([], {"batch": 24}, "train_batch_size 24 is not divisible by"),
         (["ep_size=2", *EXPERTS], {}, "parallel.ep_size 2 needs ZeRO stage 3"),

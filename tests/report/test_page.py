@@ -177,7 +177,7 @@ def test_damaged_extras_are_said_and_the_page_is_written(tmp_path):
     for name, text in texts.items():
         (folder / name).write_text(text)
     _, found = page_of([folder], tmp_path)
-    for words in ("model", "memory.json is not", "timeline-rank0.json is not", "is not a record of"):
+    for words in ("model", "memory.json is not", "timeline-rank0.json is no timeline", "is not a record of"):
         assert any(note.startswith("run: ") and words in note for note in found.notes), words
 
 

@@ -20,7 +20,7 @@ from megalite.checkpoint.format import CheckpointError
 from megalite.checkpoint.load import TensorReader, read_config
 from megalite.checkpoint.model import load_stage
 from megalite.checkpoint.peft_folder import PeftFolder, export_adapter
-from megalite.config.run import CheckpointConfig
+from megalite.config.checkpoint import CheckpointConfig
 from megalite.config.tuning import LoraConfig
 from megalite.model.decoding import decoding_context
 from megalite.parallel.plan import LayerPlan

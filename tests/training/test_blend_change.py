@@ -7,7 +7,10 @@ import pytest
 import torch
 
 from megalite.batch import Batch
-from megalite.config.run import CheckpointConfig, DataConfig, LoggingConfig, ScheduleConfig
+from megalite.config.checkpoint import CheckpointConfig
+from megalite.config.data import DataConfig
+from megalite.config.logging import LoggingConfig
+from megalite.config.schedule import ScheduleConfig
 from megalite.data.indexed_writer import IndexedDatasetWriter
 from megalite.training.engine import initialize_communication
 from megalite.training.lr_schedule import learning_rate_at

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megalite.config.run import CheckpointConfig
+from megalite.config.checkpoint import CheckpointConfig
 from megalite.training import checkpoints as module
 from megalite.training.checkpoints import Checkpoints
 from megalite.training.course import Course

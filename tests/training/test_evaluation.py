@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from megalite.config.run import CheckpointConfig, RunConfig
+from megalite.config.checkpoint import CheckpointConfig
+from megalite.config.run import RunConfig
 from megalite.training.checkpoints import Checkpoints
 from megalite.training.engine import initialize_communication
 from megalite.training.evaluation import LiveEvaluation

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megalite.checkpoint.load import TensorReader, find_checkpoint
-from megalite.config.run import CheckpointConfig
+from megalite.config.checkpoint import CheckpointConfig
 from megalite.training.checkpoints import Checkpoints
 from megalite.training.engine import initialize_communication
 from tests.harness import run_distributed

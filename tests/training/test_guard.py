@@ -9,7 +9,10 @@ import torch
 
 from megalite.batch import Batch
 from megalite.checkpoint.load import TensorReader
-from megalite.config.run import CheckpointConfig, GuardConfig, LoggingConfig, ScheduleConfig
+from megalite.config.checkpoint import CheckpointConfig
+from megalite.config.guard import GuardConfig
+from megalite.config.logging import LoggingConfig
+from megalite.config.schedule import ScheduleConfig
 from megalite.measure.metrics import Metrics, Workload
 from megalite.measure.progress import Progress
 from megalite.training.checkpoints import Checkpoints, find_newest, live_pieces

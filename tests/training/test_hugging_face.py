@@ -13,7 +13,8 @@ from megalite.checkpoint.hf_folder import HFFolder
 from megalite.checkpoint.load import TensorReader, read_config
 from megalite.checkpoint.model import build_megalite_model, megalite_logits
 from megalite.checkpoint.weights import Weights
-from megalite.config.run import CheckpointConfig, RunConfig
+from megalite.config.checkpoint import CheckpointConfig
+from megalite.config.run import RunConfig
 from megalite.training.checkpoints import Checkpoints
 from megalite.training.engine import initialize_communication
 from tests.checkpoint.llamas import random_llama

@@ -15,7 +15,8 @@ from megalite.checkpoint.format import step_folder
 from megalite.checkpoint.hf import export, import_folder
 from megalite.checkpoint.hf_folder import HFFolder
 from megalite.checkpoint.weights import Weights
-from megalite.config.run import CheckpointConfig, RunConfig
+from megalite.config.checkpoint import CheckpointConfig
+from megalite.config.run import RunConfig
 from megalite.training.checkpoints import Checkpoints
 from megalite.training.engine import initialize_communication
 from tests.checkpoint.llamas import random_llama

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megalite.config.run import OptimizerConfig, ScheduleConfig
+from megalite.config.optimizer import OptimizerConfig
+from megalite.config.schedule import ScheduleConfig
 from megalite.training.lr_schedule import learning_rate_at
 
 PEAK, LOW = 1e-3, 1e-4

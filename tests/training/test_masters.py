@@ -6,7 +6,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from megalite.config.run import OptimizerConfig
+from megalite.config.optimizer import OptimizerConfig
 from megalite.training import engine
 from megalite.training.engine import initialize_communication
 from megalite.training.trainer import StageTrainer

@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from megalite.checkpoint.load import TensorReader
-from megalite.config.run import CheckpointConfig, OptimizerConfig
+from megalite.config.checkpoint import CheckpointConfig
+from megalite.config.optimizer import OptimizerConfig
 from megalite.training.checkpoints import Checkpoints
 from megalite.training.engine import initialize_communication
 from tests.harness import run_distributed

@@ -6,7 +6,7 @@ from deepspeed.runtime.zero.partition_parameters import AllGatherHandle
 from torch import distributed
 
 from megalite.config.load import known_keys
-from megalite.config.run import WatchConfig
+from megalite.config.watch import WatchConfig
 from megalite.parallel.mappings import wait_for
 from megalite.pipeline.p2p import Arrival, Peers
 from megalite.training.places import WAITS_IN, Place, limits_of

@@ -4,8 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from megalite.config.data import DataConfig
 from megalite.config.model import ModelConfig
-from megalite.config.run import DataConfig, RunConfig
+from megalite.config.run import RunConfig
 from megalite.data.packing import SampleOrder
 from megalite.training.chat_data import references_file
 

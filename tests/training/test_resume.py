@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from megalite.batch import Batch
-from megalite.config.run import CheckpointConfig, ScheduleConfig
+from megalite.config.checkpoint import CheckpointConfig
+from megalite.config.schedule import ScheduleConfig
 from megalite.parallel.context import ParallelContext
 from megalite.training.checkpoints import Checkpoints, live_pieces
 from megalite.training.course import Course

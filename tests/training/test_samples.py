@@ -3,7 +3,11 @@
 import numpy as np
 import pytest
 
-from megalite.config.run import CheckpointConfig, DataConfig, LoggingConfig, RunConfig, ScheduleConfig
+from megalite.config.checkpoint import CheckpointConfig
+from megalite.config.data import DataConfig
+from megalite.config.logging import LoggingConfig
+from megalite.config.run import RunConfig
+from megalite.config.schedule import ScheduleConfig
 from megalite.data.error import DataError
 from megalite.data.indexed_dataset import IndexedDataset
 from megalite.data.indexed_writer import IndexedDatasetWriter

@@ -9,7 +9,7 @@ import pytest
 from megalite.checkpoint import save as save_module
 from megalite.checkpoint.format import CheckpointError, list_steps
 from megalite.checkpoint.load import TensorReader, read_state
-from megalite.config.run import CheckpointConfig
+from megalite.config.checkpoint import CheckpointConfig
 from megalite.training.checkpoints import Checkpoints
 from megalite.training.engine import initialize_communication
 from megalite.training.saving import Saving

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megalite.checkpoint.load import TensorReader
-from megalite.config.run import CheckpointConfig
+from megalite.config.checkpoint import CheckpointConfig
 from megalite.training.checkpoints import Checkpoints
 from megalite.training.engine import initialize_communication
 from megalite.training.world import JobError

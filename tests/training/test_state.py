@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megalite.checkpoint.load import TensorReader
-from megalite.config.run import CheckpointConfig
+from megalite.config.checkpoint import CheckpointConfig
 from megalite.model.llama import LlamaStage
 from megalite.parallel.shard import register_state, spec_of, state_buffers, whole_spec
 from megalite.training import trainer as trainer_module

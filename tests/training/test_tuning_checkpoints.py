@@ -18,7 +18,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalite.config.run import CheckpointConfig, DataConfig, LoggingConfig, RunConfig, ScheduleConfig
+from megalite.config.checkpoint import CheckpointConfig
+from megalite.config.data import DataConfig
+from megalite.config.logging import LoggingConfig
+from megalite.config.run import RunConfig
+from megalite.config.schedule import ScheduleConfig
 from megalite.config.tuning import LoraConfig, PreferenceConfig
 from megalite.training.engine import initialize_communication
 from tests.checkpoint.llamas import save_llama

@@ -1,0 +1,26 @@
+"""Section `kernels`: what computes the parts of a layer."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from megalite.config.section import NonNegativeInt, Section
+
+
+class KernelConfig(Section):
+    """What computes the parts of a layer; `auto` is what serves the device best, told when the run starts."""
+
+    attention: Literal["auto", "blocks", "sdpa", "flex"] = Field(
+        "auto",
+        description="Batched products on blocks of rows (fastest on a CPU), torch's "
+        "scaled_dot_product_attention, or on a GPU FlexAttention where there are documents.",
+    )
+    attention_kept_tokens: NonNegativeInt | None = Field(
+        None,
+        description="Blocks: the longest sample, in tokens, whose attention probabilities are kept for "
+        "backward, which computes those of longer ones again; null means short ones, where they take about "
+        "as much memory as the other activations.",
+    )
+    norm: Literal["auto", "rows", "torch"] = Field(
+        "auto", description="RMSNorm in few passes over memory (fastest on a CPU), or torch's rms_norm."
+    )
