@@ -20,6 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# Recomputation imports it, in a second and a half: once here, and not again in each rank that is forked.
+import torch._dynamo
 import torch.distributed as dist
 
 

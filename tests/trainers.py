@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-# What the birth of an engine imports, in seconds: once here, and not again in each rank that is forked.
 import torch
-import torch._dynamo
 
 from megalite.batch import IGNORED, Batch
 from megalite.config.balancing import BalancingConfig

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from megalite.config.optimizer import OptimizerConfig
+from megalite.optimizer.eager_adamw import EagerAdamW
 from megalite.optimizer.kinds import ADAM_KINDS, kinds_of
 from megalite.optimizer.recipe import ParameterGroup
 from megalite.optimizer.slices import MasterSlice
@@ -44,7 +45,7 @@ class AdamW:
 
     def build(self, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
         config = self.config
-        return torch.optim.AdamW(
+        return EagerAdamW(
             [group.for_torch() for group in groups],
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),

@@ -17,6 +17,7 @@ from torch import nn
 
 from megalite.config.optimizer import OptimizerConfig
 from megalite.optimizer.adamw import AdamW
+from megalite.optimizer.eager_adamw import EagerAdamW
 from megalite.optimizer.kinds import MOMENTUM, is_orthogonalized, kinds_of
 from megalite.optimizer.newton_schulz import orthogonalize, scale_of
 from megalite.optimizer.recipe import ParameterGroup
@@ -105,7 +106,7 @@ class _Batch(NamedTuple):
     assembly: Assembly
 
 
-class MuonWithAdamW(torch.optim.AdamW):
+class MuonWithAdamW(EagerAdamW):
     """A torch optimizer whose groups with a number are Muon's; the others it steps as AdamW.
 
     members: the parameters of each of these groups, as they were before ZeRO put flat tensors in their place.

@@ -15,7 +15,8 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero import partitioned_param_coordinator
+from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import nn
 
 from megalite.batch import Batch
@@ -28,6 +29,7 @@ from megalite.parallel.deferred import Deferred, DeferredGradients, scalar_of
 from megalite.parallel.mpu import ModelParallelUnit
 from megalite.parallel.shard import spec_of
 from megalite.parallel.topology import DATA_AXES, MODEL_AXES
+from megalite.training.eager_hooks import leave_compiler_out
 from megalite.training.masters import share_masters, update_from_partitions
 from megalite.training.precision import TORCH_DTYPES
 from megalite.training.zero import (
@@ -65,6 +67,7 @@ def initialize_communication() -> None:
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     # It decorates its Muon, which no recipe uses, with torch.compile: every start would import the compiler.
     deepspeed.runtime.compiler.compile = lambda: lambda function: function
+    leave_compiler_out(parameter_offload, partitioned_param_coordinator.PartitionedParameterCoordinator)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
 
 
@@ -134,9 +137,12 @@ class StageEngine:
         state = {name: b for name, b in module.named_buffers() if hasattr(b, "spec")}
         groups = recipe.groups(list(module.parameters()))
         _require_equal_groups(len(groups), context)
+        inner = recipe.build(groups)
+        if type(inner) not in ZERO_SUPPORTED_OPTIMIZERS:
+            ZERO_SUPPORTED_OPTIMIZERS.append(type(inner))  # else it warns: ours are tested in every layout
         self.engine, *_ = deepspeed.initialize(
             model=module.to(context.device) if config.zero_stage < 3 else module,
-            optimizer=recipe.build(groups),
+            optimizer=inner,
             config=settings,
             mpu=mpu,
             dist_init_required=False,
@@ -399,7 +405,6 @@ def deepspeed_settings(
         "train_micro_batch_size_per_gpu": config.train_micro_batch_size_per_gpu,
         "train_batch_size": config.train_micro_batch_size_per_gpu * num_micro_batches * num_data_ranks,
         "steps_per_print": NEVER_RELEASED,
-        "zero_allow_untested_optimizer": True,  # ours are tested, in every layout
     }
 
 
