@@ -11,7 +11,14 @@ from megalite.batch import IGNORED, Batch
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.fp8 import Fp8Config
 from megalite.config.model import ModelConfig
-from megalite.config.run import BalancingConfig, DataConfig, OptimizerConfig, ParallelConfig, RunConfig
+from megalite.config.run import (
+    BalancingConfig,
+    DataConfig,
+    KernelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+)
 from megalite.config.tuning import LoraConfig
 from megalite.parallel.context import ParallelContext
 from megalite.training.trainer import StageTrainer, build_context
@@ -99,6 +106,7 @@ class Case:
     rule: str = "sign"
     padded: bool = False  # tokens that only fill up a sample
     fp8: str = "none"
+    compiled: bool = False  # what lies between matrix products, by torch.compile
     uneven: bool = False  # labels that do not count, and weights, unlike in every micro batch
 
     def __str__(self) -> str:
@@ -139,6 +147,7 @@ def run_config(case: Case, optimizer: OptimizerConfig = ADAM, **sections: Any) -
     balancing = BalancingConfig(rule=case.rule, update_rate=BIAS_RATE)
     facts = {"model": case.model, "parallel": parallel, "data": data, "optimizer": optimizer, "seed": SEED}
     facts |= {"balancing": balancing, "fp8": Fp8Config(recipe=case.fp8)}
+    facts |= {"kernels": KernelConfig(compile_blocks=case.compiled)}
     return RunConfig(**facts | sections)
 
 
