@@ -32,15 +32,12 @@ pytestmark = pytest.mark.skipif(MISSING is not None, reason=f"torch.compile find
 compiled = partial(Case, compiled=True)
 CASES = [
     compiled(tp=2, zero=1, documents=True, recompute="selective"),
-    compiled(tp=2, zero=2, sp=False, tied=True),
-    compiled(pp=2, zero=0, schedule="zb-h1", tied=True),
-    compiled(pp=2, zero=2, uneven=True, documents=True),
-    compiled(dp=2, zero=3, recompute="full", offload=True),
-    compiled(dp=2, ep=2, model_kind="experts", padded=True),
+    compiled(dp=2, zero=3, recompute="full", offload=True, uneven=True),
+    compiled(pp=2, zero=2, schedule="zb-h1", tied=True),
+    compiled(pp=2, zero=0, tied=True),
 ]
 BF16 = compiled(tp=2, zero=2, precision="bf16")
-# Norms of hidden states; rotations of queries and of keys; gatings of layers and of shared experts.
-MOST_GRAPHS = 1 + 2 + 2
+MOST_GRAPHS = 1 + 2 + 1  # norms; rotations of queries and of keys; gatings
 
 
 @cache
