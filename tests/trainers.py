@@ -10,6 +10,7 @@ from megalite.config.balancing import BalancingConfig
 from megalite.config.data import DataConfig
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.fp8 import Fp8Config
+from megalite.config.kernels import KernelConfig
 from megalite.config.model import ModelConfig
 from megalite.config.optimizer import OptimizerConfig
 from megalite.config.parallel import ParallelConfig
@@ -101,6 +102,7 @@ class Case:
     rule: str = "sign"
     padded: bool = False  # tokens that only fill up a sample
     fp8: str = "none"
+    compiled: bool = False  # what lies between matrix products, by torch.compile
     uneven: bool = False  # labels that do not count, and weights, unlike in every micro batch
 
     def __str__(self) -> str:
@@ -141,6 +143,7 @@ def run_config(case: Case, optimizer: OptimizerConfig = ADAM, **sections: Any) -
     balancing = BalancingConfig(rule=case.rule, update_rate=BIAS_RATE)
     facts = {"model": case.model, "parallel": parallel, "data": data, "optimizer": optimizer, "seed": SEED}
     facts |= {"balancing": balancing, "fp8": Fp8Config(recipe=case.fp8)}
+    facts |= {"kernels": KernelConfig(compile_blocks=case.compiled)}
     return RunConfig(**facts | sections)
 
 

@@ -24,3 +24,8 @@ class KernelConfig(Section):
     norm: Literal["auto", "rows", "torch"] = Field(
         "auto", description="RMSNorm in few passes over memory (fastest on a CPU), or torch's rms_norm."
     )
+    compile_blocks: bool = Field(
+        False,
+        description="Whether torch.compile makes what lies between a block's matrix products, in training: "
+        "rotation, gating, and norms unless `norm` names one; on a CPU it needs a C++ compiler.",
+    )

@@ -1,9 +1,12 @@
 """Heads turned by the angles of their positions (Su 2021, arXiv 2104.09864), in few passes over memory."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+
+Rotation = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -12,6 +15,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     Dimension j turns with j + D/2: y = x * cos + (-second, first) * sin, the halves of x swapped.
     """
     return _Rotation.apply(x, cos, sin)
+
+
+def rotate_by_formula(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """The same as it is written, for a compiler."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 class _Rotation(torch.autograd.Function):

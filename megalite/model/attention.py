@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from megalite.config.model import ModelConfig
-from megalite.kernels.rotation import rotate
 from megalite.model.logit_peaks import LogitPeaks
 from megalite.model.rope import RotaryEmbedding
 from megalite.model.spans import AttentionSpans
@@ -88,6 +87,7 @@ class ParallelAttention(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         cos, sin = self.rotary.tables(query, *((spans.positions, spans.num_positions) if spans else ()))
+        rotate = self.kernels.rotation
         query, key, value = (
             x.permute(1, 2, 0, 3) for x in (rotate(query, cos, sin), rotate(key, cos, sin), value)
         )

@@ -1,7 +1,6 @@
 """The gated feed-forward layer (SwiGLU: Shazeer 2020, arXiv 2002.05202)."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +27,7 @@ class ParallelMLP(nn.Module):
         columns = [Column("gate_proj", inner), Column("up_proj", inner)]
         self.gate_up = MergedColumnLinear(width, columns, plan, bias=bias, name=name)
         self.down_proj = RowParallelLinear(inner, width, plan, bias=bias, name=f"{name}.down_proj")
+        self._gated = plan.kernels.gating
         self._tile_rows = plan.tile_tokens // (plan.context["tp"].size if plan.sequence_parallel else 1)
         self._has_tiles = plan.tile_tokens > 0
 
@@ -42,4 +42,4 @@ class ParallelMLP(nn.Module):
 
     def _tile(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(x)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(self._gated(gate, up))

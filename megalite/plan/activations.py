@@ -16,7 +16,10 @@ from megalite.plan.layout import RankLayout
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """A decoder layer's, in numbers: n, m, h, q, k, i of this rank; `kept` of attention's probabilities."""
+    """A decoder layer's, in numbers: n, m, h, q, k, i of this rank; `kept` of attention's probabilities.
+
+    compiles: the gating, whose backward then computes silu again.
+    """
 
     n: int
     m: int
@@ -27,6 +30,7 @@ class LayerSizes:
     routed: int
     router: int
     kept: int
+    compiles: bool
 
     @classmethod
     def of(cls, layout: RankLayout, layer: int, device: str) -> "LayerSizes":
@@ -45,6 +49,7 @@ class LayerSizes:
             routed=routed // tp_size,
             router=model.n_routed_experts if has_experts else 0,
             kept=_probabilities(layout, device),
+            compiles=layout.run.kernels.compile_blocks,
         )
 
     @property
@@ -54,8 +59,8 @@ class LayerSizes:
 
     @property
     def mlp(self) -> int:
-        """gate, silu(gate), up and their product."""
-        return 4 * self.n * (self.i + self.routed)
+        """gate, silu(gate) where it is kept, up and their product."""
+        return self.n * ((3 if self.compiles else 4) * self.i + 4 * self.routed)
 
     @property
     def inputs(self) -> int:
