@@ -28,6 +28,7 @@ def test_four_ranks_train_to_the_end(uninterrupted: Finished):
     assert end.stdout.count("trained 8 steps") == 1  # one rank reports
     assert f"step {NUM_STEPS}/{NUM_STEPS} | loss " in end.stderr
     assert "Traceback" not in end.stderr and "Warning" not in end.stderr
+    assert "untested" not in end.stdout  # DeepSpeed knows our optimizers
 
 
 def test_every_step_has_one_row_with_all_of_its_numbers(uninterrupted: Finished):
