@@ -92,8 +92,15 @@ class KernelConfig(Section):
         "backward, which computes those of longer ones again; null means short ones, where they take about "
         "as much memory as the other activations.",
     )
-    norm: Literal["auto", "rows", "torch"] = Field(
-        "auto", description="RMSNorm in few passes over memory (fastest on a CPU), or torch's rms_norm."
+    norm: Literal["auto", "rows", "torch", "apex", "liger"] = Field(
+        "auto",
+        description="RMSNorm in few passes over memory (fastest on a CPU), torch's rms_norm, that of "
+        "NVIDIA's apex, or on a GPU that of Liger Kernel.",
+    )
+    gating: Literal["auto", "torch", "liger"] = Field(
+        "auto",
+        description="silu(gate) * up as torch computes it, or on a GPU that of Liger Kernel, which keeps two "
+        "tensors of them for backward and not three.",
     )
 
 
@@ -180,6 +187,11 @@ class OptimizerConfig(Section):
     """AdamW with decoupled weight decay (arXiv 1711.05101), or Muon for matrices and AdamW for the rest."""
 
     name: Literal["adamw", "muon"] = Field("adamw", description="Optimizer.")
+    implementation: Literal["auto", "torch", "apex"] = Field(
+        "auto",
+        description="What computes AdamW's update, also that beside Muon: torch's fused one, or on a GPU "
+        "the one of NVIDIA's apex. Checkpoints are the same.",
+    )
     learning_rate: PositiveFloat = Field(1e-3, description="Highest learning rate, reached after warm-up.")
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient's running mean, per step.")
     beta2: float = Field(0.95, ge=0, lt=1, description="Decay of the squared gradient's mean, per step.")

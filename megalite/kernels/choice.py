@@ -1,14 +1,18 @@
 """Which kernel computes what, in one value."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from megalite.error import UserError
+from megalite.kernels.adamw import ADAMW, ADAMW_PACKAGES, AdamUpdate
 from megalite.kernels.attention import ATTENTIONS, Attention, attend_by_sdpa, attention_of
 from megalite.kernels.blocks import attend_in_blocks
-from megalite.kernels.norm import NORMS, Norm, norm_by_torch, norm_of
+from megalite.kernels.gating import GATING_PACKAGES, GATINGS, Gating, gate_by_torch
+from megalite.kernels.norm import NORM_PACKAGES, NORMS, Norm, norm_by_torch, norm_of
+from megalite.kernels.package import Package
 
 AUTO = "auto"
 
@@ -19,39 +23,70 @@ class KernelError(UserError):
 
 @dataclass(frozen=True)
 class Kernels:
-    """What the layers of a model compute with; by default torch's own, as transformers does.
+    """What layers and optimizer compute with; by default torch's own, as transformers does.
 
     Attributes:
         attention: (query, key, value, sight) to the output; see attention.py.
         norm: (x, weight, eps) to the RMSNorm; see norm.py.
-        names: of both, to be told.
+        gating: (gate, up) to silu(gate) * up; see gating.py.
+        adamw: AdamW's update, None for that of torch's optimizer; see adamw.py.
+        names: of all, to be told.
     """
 
     attention: Attention = attend_by_sdpa
     norm: Norm = norm_by_torch
-    names: str = "attention sdpa, norm torch"
+    gating: Gating = gate_by_torch
+    adamw: AdamUpdate | None = None
+    names: str = "attention sdpa, norm torch, gating torch, adamw torch"
 
 
 def choose_kernels(
-    attention: str, norm: str, device: torch.device, *, attention_kept_tokens: int | None = None
+    attention: str,
+    norm: str,
+    device: torch.device,
+    *,
+    gating: str = AUTO,
+    adamw: str = AUTO,
+    attention_kept_tokens: int | None = None,
 ) -> Kernels:
-    """Kernels by their names, `auto` for what serves the device best; KernelError where one cannot train.
+    """Kernels by their names; KernelError where one cannot train.
 
+    `auto` is what serves the device best of what comes with torch: the kernels of other packages were not
+    compared with the formula on a GPU yet.
+
+    adamw: the run's `optimizer.implementation`.
     attention_kept_tokens: see `kept_tokens` in blocks.py; None means its default.
     """
     attention = attention_of(device) if attention == AUTO else attention
     norm = norm_of(device) if norm == AUTO else norm
-    if attention == "flex" and device.type == "cpu":
+    gating, adamw = ("torch" if name == AUTO else name for name in (gating, adamw))
+    _require("kernels.norm", norm, NORM_PACKAGES, device)
+    _require("kernels.gating", gating, GATING_PACKAGES, device)
+    _require("optimizer.implementation", adamw, ADAMW_PACKAGES, device)
+    names = f"attention {attention}, norm {norm}, gating {gating}, adamw {adamw}"
+    attend = _attention(attention, device, attention_kept_tokens)
+    return Kernels(attend, NORMS[norm], GATINGS[gating], ADAMW[adamw], names)
+
+
+def _attention(name: str, device: torch.device, kept_tokens: int | None) -> Attention:
+    if name == "flex" and device.type == "cpu":
         raise KernelError(
             "kernels.attention flex cannot train on a CPU, where torch has no backward of it: "
             "use blocks or sdpa"
         )
-    attend = ATTENTIONS[attention]
-    if attention_kept_tokens is not None:
-        if attention != "blocks":
-            raise KernelError(
-                f"kernels.attention_kept_tokens {attention_kept_tokens} is of kernels.attention blocks, and "
-                f"this run has {attention}: remove it, or set kernels.attention=blocks"
-            )
-        attend = partial(attend_in_blocks, kept_tokens=attention_kept_tokens)
-    return Kernels(attend, NORMS[norm], f"attention {attention}, norm {norm}")
+    if kept_tokens is None:
+        return ATTENTIONS[name]
+    if name != "blocks":
+        raise KernelError(
+            f"kernels.attention_kept_tokens {kept_tokens} is of kernels.attention blocks, and "
+            f"this run has {name}: remove it, or set kernels.attention=blocks"
+        )
+    return partial(attend_in_blocks, kept_tokens=kept_tokens)
+
+
+def _require(setting: str, name: str, packages: Mapping[str, Package], device: torch.device) -> None:
+    """Raise KernelError where a kernel is of a package that is not here, or not for the device."""
+    package = packages.get(name)
+    refusal = package.refusal(setting, name, device) if package else None
+    if refusal:
+        raise KernelError(refusal)

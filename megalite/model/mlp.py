@@ -1,7 +1,6 @@
 """The gated feed-forward layer (SwiGLU: Shazeer 2020, arXiv 2002.05202)."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,6 +29,7 @@ class ParallelMLP(nn.Module):
         self.down_proj = RowParallelLinear(inner, width, plan, bias=bias, name=f"{name}.down_proj")
         self._tile_rows = plan.tile_tokens // (plan.context["tp"].size if plan.sequence_parallel else 1)
         self._has_tiles = plan.tile_tokens > 0
+        self._gating = plan.kernels.gating
 
     def forward(self, x: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
         """[s, b, h] (or [s/t, b, h] under sequence parallelism), the shape kept; padding changes nothing."""
@@ -42,4 +42,4 @@ class ParallelMLP(nn.Module):
 
     def _tile(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(x)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(self._gating(gate, up))

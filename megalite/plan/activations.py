@@ -16,7 +16,10 @@ from megalite.plan.layout import RankLayout
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """A decoder layer's, in numbers: n, m, h, q, k, i of this rank; `kept` of attention's probabilities."""
+    """A decoder layer's, in numbers: n, m, h, q, k, i of this rank; `kept` of attention's probabilities.
+
+    gated: tensors that silu(gate) * up keeps for backward.
+    """
 
     n: int
     m: int
@@ -27,6 +30,7 @@ class LayerSizes:
     routed: int
     router: int
     kept: int
+    gated: int
 
     @classmethod
     def of(cls, layout: RankLayout, layer: int, device: str) -> "LayerSizes":
@@ -45,6 +49,7 @@ class LayerSizes:
             routed=routed // tp_size,
             router=model.n_routed_experts if has_experts else 0,
             kept=_probabilities(layout, device),
+            gated=2 if layout.run.kernels.gating == "liger" else 3,
         )
 
     @property
@@ -54,8 +59,8 @@ class LayerSizes:
 
     @property
     def mlp(self) -> int:
-        """gate, silu(gate), up and their product."""
-        return 4 * self.n * (self.i + self.routed)
+        """gate, silu(gate) where it is not computed again, up and their product."""
+        return (self.gated + 1) * self.n * (self.i + self.routed)
 
     @property
     def inputs(self) -> int:
