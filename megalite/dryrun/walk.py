@@ -82,7 +82,7 @@ def walk(run: RunConfig, deepspeed: DeepSpeedConfig, rank: int, world_size: int)
                 deepspeed,
                 context,
                 build_engine=partial(WalkedEngine, recorder),  # type: ignore[arg-type]
-                kernels=Kernels(_flash_attention, _fused_norm, "fused"),
+                kernels=Kernels(_flash_attention, _fused_norm, names="fused"),
                 init=_undrawn,
             )
             chunks: Any = trainer.engine.module

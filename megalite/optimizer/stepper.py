@@ -33,7 +33,7 @@ class AdamWStepper(torch.optim.AdamW):
             # the count of steps from the host, where torch keeps it for what is not fused.
             fused=update is None,
         )
-        self._update = update
+        self._kernel = update
 
     def adam_state(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is kept for a tensor, made before the first step as torch makes it in that."""
@@ -46,18 +46,19 @@ class AdamWStepper(torch.optim.AdamW):
         return state
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Step the tensors that have a gradient."""
-        if self._update is None:
+        if self._kernel is None:
             return super().step(closure)
         assert closure is None, "DeepSpeed gives none"
         for group in self.param_groups:
+            beta1, beta2 = group["betas"]
             for t, parameters in self._counted(group["params"]).items():
                 states = [self.state[parameter] for parameter in parameters]
                 means, square_means = ([state[kind] for state in states] for kind in ADAM_KINDS)
-                gradients = [parameter.grad for parameter in parameters]
-                rule = AdamRule(group["lr"], *group["betas"], group["eps"], group["weight_decay"], t)
-                self._update(AdamTensors(gradients, parameters, means, square_means), rule)
+                gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                rule = AdamRule(group["lr"], beta1, beta2, group["eps"], group["weight_decay"], t)
+                self._kernel(AdamTensors(gradients, parameters, means, square_means), rule)
 
     def _counted(self, parameters: Sequence[torch.Tensor]) -> dict[int, list[torch.Tensor]]:
         """Count a step of those that have a gradient; they by their counts."""
