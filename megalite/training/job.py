@@ -87,9 +87,8 @@ def train_together(
         raise JobError(
             "fp16 needs a GPU and this run is on a CPU: enable bf16 in the DeepSpeed JSON, or neither"
         )
-    # Both are refused before anything is written.
-    choose_recipe(run.fp8.recipe, device, deepspeed.precision)
-    kernels = named_kernels(run, device)
+    choose_recipe(run.fp8.recipe, device, deepspeed.precision)  # refused before anything is written
+    kernels = named_kernels(run, device)  # so are these
     is_reporter = environment.rank == 0
     report = _say if is_reporter else _say_nothing
     context = build_context(run, environment.rank, environment.world_size, device)
