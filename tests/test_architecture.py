@@ -18,7 +18,7 @@ ROOMS = {
     "data": set(),
     "pipeline": {"parallel"},
     "model": {"kernels", "parallel", "config"},
-    "optimizer": {"parallel", "config"},
+    "optimizer": {"kernels", "parallel", "config"},
     "plan": {"optimizer", "pipeline", "model", "kernels", "parallel", "config"},
     "checkpoint": {"model", "parallel", "config"},
     "watch": set(),
@@ -57,6 +57,9 @@ ROOMS = {
 # Foreign systems come in by one door each: module -> where it may be imported.
 DOORS = {
     "deepspeed": ["training/engine.py"],
+    "apex": ["kernels/"],
+    "amp_C": ["kernels/"],  # of apex
+    "liger_kernel": ["kernels/"],
     "lm_eval": ["evaluation/harness.py"],
     "vl_convert": ["report/bundle.py"],
     "jinja2": ["report/page.py", "tokenizer/template.py"],

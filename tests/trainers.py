@@ -16,6 +16,7 @@ from megalite.config.optimizer import OptimizerConfig
 from megalite.config.parallel import ParallelConfig
 from megalite.config.run import RunConfig
 from megalite.config.tuning import LoraConfig
+from megalite.kernels.choice import Kernels
 from megalite.parallel.context import ParallelContext
 from megalite.training.trainer import StageTrainer, build_context
 
@@ -175,11 +176,12 @@ def build_trainer(
     seed: int = SEED,
     model: ModelConfig | None = None,
     lora: LoraConfig | None = None,
+    kernels: Kernels | None = None,
     **zero_options: Any,
 ) -> StageTrainer:
     run = run_config(case, optimizer, seed=seed, model=model or case.model, lora=lora or LoraConfig())
     context = build_context(run, rank, case.world_size, torch.device("cpu"))
-    trainer = StageTrainer(run, deepspeed_config(case, **zero_options), context)
+    trainer = StageTrainer(run, deepspeed_config(case, **zero_options), context, kernels=kernels)
     for chunk in trainer.engine.module:
         if chunk.lm_head is not None:
             chunk.lm_head.chunk_logits = 7 * 128  # 7 tokens of a rank's padded vocabulary: the last are fewer

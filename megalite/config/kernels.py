@@ -21,11 +21,18 @@ class KernelConfig(Section):
         "backward, which computes those of longer ones again; null means short ones, where they take about "
         "as much memory as the other activations.",
     )
-    norm: Literal["auto", "rows", "torch"] = Field(
-        "auto", description="RMSNorm in few passes over memory (fastest on a CPU), or torch's rms_norm."
+    norm: Literal["auto", "rows", "torch", "apex", "liger"] = Field(
+        "auto",
+        description="RMSNorm in few passes over memory (fastest on a CPU), torch's rms_norm, that of "
+        "NVIDIA's apex, or on a GPU that of Liger Kernel.",
+    )
+    gating: Literal["auto", "torch", "liger"] = Field(
+        "auto",
+        description="silu(gate) * up as torch computes it, or on a GPU that of Liger Kernel, which keeps two "
+        "tensors of them for backward and not three.",
     )
     compile_blocks: bool = Field(
         False,
         description="Whether torch.compile makes what lies between a block's matrix products, in training: "
-        "rotation, gating, and norms unless `norm` names one; on a CPU it needs a C++ compiler.",
+        "rotation, and norms and gating unless they are named; on a CPU it needs a C++ compiler.",
     )

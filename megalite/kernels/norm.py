@@ -7,7 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from megalite.kernels.package import apex, liger
+
 Norm = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+# Liger's: nothing is added to the weight, all is in fp32 up to the end, dx gets memory of its own.
+LIGER_MODES = (0.0, "gemma", False)
 
 
 def norm_by_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -20,12 +24,38 @@ def norm_by_rows(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
     return _RowNorm.apply(x, weight, eps)
 
 
+def norm_by_apex(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """NVIDIA apex's FusedRMSNorm, x and weight of one dtype: on a CPU what it does there, in fp32 at most."""
+    from apex.normalization.fused_layer_norm import fused_rms_norm_affine, manual_rms_norm
+
+    y: torch.Tensor
+    if x.is_cuda:
+        y = fused_rms_norm_affine(x, weight, weight.shape, eps)
+    else:
+        y = manual_rms_norm(x, weight.shape, weight, eps)
+    return y
+
+
+def norm_by_liger(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Liger's, rounded once, as torch's is. dx is not put over dy, which others may still need."""
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # imports triton
+
+    y: torch.Tensor = LigerRMSNormFunction.apply(x, weight, eps, *LIGER_MODES)
+    return y
+
+
 def norm_of(device: torch.device) -> str:
     """The name of what serves a device best."""
     return "rows" if device.type == "cpu" else "torch"
 
 
-NORMS: dict[str, Norm] = {"torch": norm_by_torch, "rows": norm_by_rows}
+NORMS: dict[str, Norm] = {
+    "torch": norm_by_torch,
+    "rows": norm_by_rows,
+    "apex": norm_by_apex,
+    "liger": norm_by_liger,
+}
+NORM_PACKAGES = {"apex": apex("normalization", "fused_layer_norm_cuda", on_cpu=True), "liger": liger()}
 
 
 class _RowNorm(torch.autograd.Function):

@@ -27,9 +27,9 @@ class ParallelMLP(nn.Module):
         columns = [Column("gate_proj", inner), Column("up_proj", inner)]
         self.gate_up = MergedColumnLinear(width, columns, plan, bias=bias, name=name)
         self.down_proj = RowParallelLinear(inner, width, plan, bias=bias, name=f"{name}.down_proj")
-        self._gated = plan.kernels.gating
         self._tile_rows = plan.tile_tokens // (plan.context["tp"].size if plan.sequence_parallel else 1)
         self._has_tiles = plan.tile_tokens > 0
+        self._gating = plan.kernels.gating
 
     def forward(self, x: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
         """[s, b, h] (or [s/t, b, h] under sequence parallelism), the shape kept; padding changes nothing."""
@@ -42,4 +42,4 @@ class ParallelMLP(nn.Module):
 
     def _tile(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_up(x)
-        return self.down_proj(self._gated(gate, up))
+        return self.down_proj(self._gating(gate, up))

@@ -185,7 +185,8 @@ class RoutedExperts(nn.Module):
         rows = way.spread(tokens)
         gate = grouped_linear(rows, self.gate_proj, way.counts)
         up = grouped_linear(rows, self.up_proj, way.counts)
-        out = way.collect(grouped_linear(F.silu(gate) * up, self.down_proj, way.counts))
+        gated = self.plan.kernels.expert_gating(gate, up)
+        out = way.collect(grouped_linear(gated, self.down_proj, way.counts))
         return (out * gates.unsqueeze(-1)).sum(1).to(tokens.dtype)
 
     def extra_repr(self) -> str:

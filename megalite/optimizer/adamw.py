@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov 2017, arXiv 1711.05101) as a recipe; the one home of Adam's names."""
+"""AdamW (Loshchilov 2017, arXiv 1711.05101) as a recipe."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,14 +6,13 @@ import torch
 from torch import nn
 
 from megalite.config.optimizer import OptimizerConfig
-from megalite.optimizer.eager_adamw import EagerAdamW
-from megalite.optimizer.kinds import ADAM_KINDS, kinds_of
+from megalite.kernels.adamw import AdamUpdate
+from megalite.optimizer.kinds import kinds_of
 from megalite.optimizer.recipe import ParameterGroup
 from megalite.optimizer.slices import MasterSlice
+from megalite.optimizer.stepper import STEP, AdamWStepper
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.shard import ShardSpec, spec_of
-
-STEP = "step"
 
 
 class AdamW:
@@ -22,10 +21,12 @@ class AdamW:
     Three groups: one matrix alone, the other matrices, and the vectors. Alone is a tied embedding, so that
     its gradients can be told from others' in a flat partition; a stage without one sets another matrix
     apart, since every stage must have as many groups.
+
+    update: what computes it, see kernels/adamw.py; None for torch.
     """
 
-    def __init__(self, config: OptimizerConfig) -> None:
-        self.config = config
+    def __init__(self, config: OptimizerConfig, update: AdamUpdate | None = None) -> None:
+        self.config, self._update = config, update
 
     def kinds_of(self, name: str, full_shape: Sequence[int]) -> tuple[str, ...]:
         return kinds_of("adamw", name, full_shape)
@@ -44,14 +45,7 @@ class AdamW:
         return [group for group in groups if group.parameters]
 
     def build(self, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
-        config = self.config
-        return EagerAdamW(
-            [group.for_torch() for group in groups],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-            fused=True,  # one pass over memory, and none of it taken for intermediate results
-        )
+        return AdamWStepper([group.for_torch() for group in groups], self.config, self._update)
 
     def settle(
         self,
@@ -64,14 +58,8 @@ class AdamW:
     def state_of(
         self, optimizer: torch.optim.Optimizer, flat: torch.Tensor, spec: ShardSpec
     ) -> dict[str, torch.Tensor]:
-        state = optimizer.state[flat]
-        if not state:  # as torch makes it: the count on the device where the step is fused
-            on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
-            device = flat.device if on_device else torch.device("cpu")
-            state[STEP] = torch.zeros((), dtype=torch.float32, device=device)
-            for kind in ADAM_KINDS:
-                state[kind] = torch.zeros_like(flat, memory_format=torch.preserve_format)
-        return state
+        assert isinstance(optimizer, AdamWStepper)
+        return optimizer.adam_state(flat)
 
     def steps_of(self, state: dict[str, torch.Tensor]) -> int:
         return int(state[STEP])

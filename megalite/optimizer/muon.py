@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from megalite.config.optimizer import OptimizerConfig
+from megalite.kernels.adamw import AdamUpdate
 from megalite.optimizer.adamw import AdamW
-from megalite.optimizer.eager_adamw import EagerAdamW
 from megalite.optimizer.kinds import MOMENTUM, is_orthogonalized, kinds_of
 from megalite.optimizer.newton_schulz import orthogonalize, scale_of
 from megalite.optimizer.recipe import ParameterGroup
 from megalite.optimizer.slices import MasterSlice
+from megalite.optimizer.stepper import AdamWStepper
 from megalite.parallel.assembly import Assembly, Part
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.shard import ShardSpec, spec_of
@@ -36,10 +37,12 @@ class Muon:
     Four groups: one matrix alone, another one's or others of AdamW's, the other matrices of Muon, and the
     vectors. Alone is a tied embedding, see `AdamW`. A stage without tables sets matrices of Muon apart in
     their place, since every stage must have as many groups.
+
+    update: what computes AdamW's part, see kernels/adamw.py; None for torch.
     """
 
-    def __init__(self, config: OptimizerConfig) -> None:
-        self.config, self._adamw = config, AdamW(config)
+    def __init__(self, config: OptimizerConfig, update: AdamUpdate | None = None) -> None:
+        self.config, self._update, self._adamw = config, update, AdamW(config)
 
     def kinds_of(self, name: str, full_shape: Sequence[int]) -> tuple[str, ...]:
         return kinds_of("muon", name, full_shape)
@@ -70,7 +73,7 @@ class Muon:
     def build(self, groups: Sequence[ParameterGroup]) -> torch.optim.Optimizer:
         members = {group.settings[NUMBER]: group.parameters for group in groups}
         members.pop(None, None)
-        return MuonWithAdamW([group.for_torch() for group in groups], members, self.config)
+        return MuonWithAdamW([group.for_torch() for group in groups], members, self.config, self._update)
 
     def settle(
         self,
@@ -106,7 +109,7 @@ class _Batch(NamedTuple):
     assembly: Assembly
 
 
-class MuonWithAdamW(EagerAdamW):
+class MuonWithAdamW(AdamWStepper):
     """A torch optimizer whose groups with a number are Muon's; the others it steps as AdamW.
 
     members: the parameters of each of these groups, as they were before ZeRO put flat tensors in their place.
@@ -120,9 +123,9 @@ class MuonWithAdamW(EagerAdamW):
         groups: list[dict[str, Any]],
         members: Mapping[int, list[nn.Parameter]],
         config: OptimizerConfig,
+        update: AdamUpdate | None = None,
     ) -> None:
-        betas = (config.beta1, config.beta2)
-        super().__init__(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=True)
+        super().__init__(groups, config, update)
         self._members, self._settings = members, config.muon
         self.row_factors: Mapping[nn.Parameter, torch.Tensor] = {}
         self._batches: dict[int, list[_Batch]] = {number: [] for number in members}

@@ -41,7 +41,7 @@ class LayerPlan:
         dtype: of the parameters; by default torch's.
         products: the matrix products of linear layers.
         fp8: how those of layers are rounded that are neither head nor adapter; None for not.
-        kernels: what computes attention and norms.
+        kernels: what computes attention, norms and gates.
         lora: the adapters that layers have, beside weights which then do not learn; None for none.
         tile_tokens: of a feed-forward layer at a time, on a rank; 0 for all at once.
         deferred: where backward leaves the gradients of linear layers' weights; None computes them in it.

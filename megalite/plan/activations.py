@@ -18,7 +18,7 @@ from megalite.plan.layout import RankLayout
 class LayerSizes:
     """A decoder layer's, in numbers: n, m, h, q, k, i of this rank; `kept` of attention's probabilities.
 
-    compiles: the gating, whose backward then computes silu again.
+    gated: tensors that silu(gate) * up keeps for backward; gated_experts: of routed ones.
     """
 
     n: int
@@ -30,13 +30,15 @@ class LayerSizes:
     routed: int
     router: int
     kept: int
-    compiles: bool
+    gated: int
+    gated_experts: int
 
     @classmethod
     def of(cls, layout: RankLayout, layer: int, device: str) -> "LayerSizes":
         """Of a layer; one with experts has the width of those that a token goes to."""
-        model, tp_size = layout.run.model, layout.tp_size
+        model, kernels, tp_size = layout.run.model, layout.run.kernels, layout.tp_size
         has_experts = model.has_experts(layer)
+        by_liger = kernels.gating == "liger"
         width = model.shared_intermediate_size if has_experts else model.intermediate_size
         routed = (model.moe_intermediate_size or 0) * model.num_experts_per_tok if has_experts else 0
         return cls(
@@ -49,7 +51,8 @@ class LayerSizes:
             routed=routed // tp_size,
             router=model.n_routed_experts if has_experts else 0,
             kept=_probabilities(layout, device),
-            compiles=layout.run.kernels.compile_blocks,
+            gated=2 if by_liger or (kernels.compile_blocks and kernels.gating == "auto") else 3,
+            gated_experts=2 if by_liger else 3,
         )
 
     @property
@@ -59,8 +62,8 @@ class LayerSizes:
 
     @property
     def mlp(self) -> int:
-        """gate, silu(gate) where it is kept, up and their product."""
-        return self.n * ((3 if self.compiles else 4) * self.i + 4 * self.routed)
+        """gate, silu(gate) where it is not computed again, up and their product."""
+        return self.n * ((self.gated + 1) * self.i + (self.gated_experts + 1) * self.routed)
 
     @property
     def inputs(self) -> int:

@@ -50,7 +50,7 @@ from megalite.training.saving import Saving
 from megalite.training.starts import note_start
 from megalite.training.stopping import Request, Signals, Stopping
 from megalite.training.timeline import StepTimeline
-from megalite.training.trainer import StageTrainer, build_context
+from megalite.training.trainer import StageTrainer, build_context, named_kernels
 from megalite.training.world import JobError, gather, on_rank_0
 from megalite.watch.marks import Marks
 
@@ -89,6 +89,7 @@ def train_together(
             "fp16 needs a GPU and this run is on a CPU: enable bf16 in the DeepSpeed JSON, or neither"
         )
     choose_recipe(run.fp8.recipe, device, deepspeed.precision)  # refused before anything is written
+    kernels = named_kernels(run, device)  # so are these
     is_reporter = environment.rank == 0
     report = _say if is_reporter else _say_nothing
     context = build_context(run, environment.rank, environment.world_size, device)
@@ -108,7 +109,7 @@ def train_together(
     if device.type == "cpu" and run.memory.mapped_block_mib:
         map_large_blocks(run.memory.mapped_block_mib << 20)
     peak = SteadyPeak(device)
-    trainer = StageTrainer(run, deepspeed, context)
+    trainer = StageTrainer(run, deepspeed, context, kernels=kernels)
     checkpoints = Checkpoints(run, deepspeed, context.rank, report, data.description, newest, disk)
     data = with_references(data, run, deepspeed, trainer, checkpoints, report)
     last_step = checkpoints.resume(trainer.engine)
@@ -116,7 +117,7 @@ def train_together(
     if is_reporter:
         write_configs(run, deepspeed)
     products = "" if run.fp8.recipe == "none" else f", products of linear layers fp8 {run.fp8.recipe}"
-    report(f"kernels  {trainer.kernels.names}{products}")
+    report(f"kernels  {kernels.names}{products}")
     metrics = _open_metrics(run, deepspeed, context, last_step, report)
     saving = Saving(checkpoints, run.checkpoint, report)
     guard = Guard(run.guard, report, scales_loss=deepspeed.precision == "fp16")

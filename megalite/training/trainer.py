@@ -103,7 +103,7 @@ class StageTrainer:
         parallel, stages = run.parallel, context["pp"]
         num_micro_batches = deepspeed.num_micro_batches(context["dp"].size)
         self.sequence_parallel = sequence_parallel = parallel.sequence_parallel and context["tp"].size > 1
-        self.kernels = kernels or choose_kernels(**run.kernels.model_dump(), device=context.device)
+        self.kernels = kernels or named_kernels(run, context.device)
         splits = rule_of(parallel.pipeline_schedule).splits_backward
         deferred = DeferredGradients(parallel.weight_gradient_input == "keep") if splits else None
         shared: dict[str, Any] = {"kernels": self.kernels, "lora": adapters_of(run), "deferred": deferred}
@@ -120,7 +120,7 @@ class StageTrainer:
         layout = RankLayout(run, deepspeed, context.topology.world_size, context.rank)
         self.engine = build_engine(
             lambda: build_chunks(run, plan, shares, **options),
-            build_recipe(run.optimizer),
+            build_recipe(run.optimizer, self.kernels.adamw),
             deepspeed,
             context,
             num_micro_batches=num_micro_batches,
@@ -302,6 +302,11 @@ class StageTrainer:
 
     def _count(self, batches: Sequence[Batch]) -> torch.Tensor:
         return torch.stack([self.objective.count(batch) for batch in batches]).sum()
+
+
+def named_kernels(run: RunConfig, device: torch.device) -> Kernels:
+    """What a run computes with on a device; KernelError where that cannot be."""
+    return choose_kernels(**run.kernels.model_dump(), adamw=run.optimizer.implementation, device=device)
 
 
 def adapters_of(run: RunConfig) -> Lora | None:

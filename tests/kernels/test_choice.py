@@ -7,9 +7,12 @@ import torch
 from torch import nn
 
 from megalite.config.kernels import KernelConfig
+from megalite.config.optimizer import OptimizerConfig
+from megalite.kernels.adamw import ADAMW
 from megalite.kernels.attention import ATTENTIONS, attend_by_sdpa
-from megalite.kernels.choice import KernelError, choose_kernels
-from megalite.kernels.norm import NORMS, norm_by_rows
+from megalite.kernels.choice import KernelError, Kernels, choose_kernels
+from megalite.kernels.gating import GATINGS
+from megalite.kernels.norm import NORM_PACKAGES, NORMS, norm_by_rows
 from megalite.kernels.rotation import rotate
 from megalite.kernels.sight import Sight
 
@@ -40,7 +43,7 @@ def test_attention_is_the_same_by_every_name(name, sight):
         torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
-@pytest.mark.parametrize("name", NORMS)
+@pytest.mark.parametrize("name", sorted(NORMS.keys() - NORM_PACKAGES.keys()))
 @pytest.mark.parametrize("shape", [(5, 3, 24), (5, 3, 4, 24)], ids=["features", "heads"])
 def test_norm_equals_torchs_layer(name, shape):
     x, weight, grad = drawn(*shape), drawn(24, seed=1), drawn(*shape, seed=2)
@@ -80,15 +83,19 @@ def test_heads_turn_in_pairs_half_a_head_apart():
 
 
 def test_the_configuration_names_every_kernel():
-    for field, table in (("attention", ATTENTIONS), ("norm", NORMS)):
-        named = typing.get_args(KernelConfig.model_fields[field].annotation)
-        assert set(named) == {"auto", *table}
+    fields = [KernelConfig.model_fields[name] for name in ("attention", "norm", "gating")]
+    fields.append(OptimizerConfig.model_fields["implementation"])
+    for field, table in zip(fields, (ATTENTIONS, NORMS, GATINGS, ADAMW), strict=True):
+        assert set(typing.get_args(field.annotation)) == {"auto", *table}
 
 
 def test_auto_is_told_by_the_name_of_what_it_picks():
-    assert choose_kernels("auto", "auto", CPU).names == "attention blocks, norm rows"
-    assert choose_kernels("auto", "auto", torch.device("cuda")).names == "attention flex, norm torch"
-    assert choose_kernels("sdpa", "torch", CPU).names == "attention sdpa, norm torch"
+    of_torch = "gating torch, adamw torch"
+    assert choose_kernels("auto", "auto", CPU).names == f"attention blocks, norm rows, {of_torch}"
+    gpu = torch.device("cuda")
+    assert choose_kernels("auto", "auto", gpu).names == f"attention flex, norm torch, {of_torch}"
+    assert choose_kernels("sdpa", "torch", CPU).names == f"attention sdpa, norm torch, {of_torch}"
+    assert choose_kernels("sdpa", "torch", CPU).names == Kernels().names
 
 
 def test_a_kernel_that_cannot_train_here_is_refused():

@@ -7,6 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megalite.kernels.choice import KernelError, Kernels, choose_kernels
 from megalite.kernels.compiled import missing_compiler
+from megalite.kernels.gating import gate_by_torch
 from megalite.kernels.norm import norm_by_rows
 
 CPU = torch.device("cpu")
@@ -76,12 +77,20 @@ def test_nothing_is_compiled_where_nothing_is_learnt():
 
 
 @needs_compiler
-def test_a_norm_that_is_named_is_not_compiled():
-    kernels = choose_kernels("sdpa", "rows", CPU, compile_blocks=True)
-    assert kernels.norm is norm_by_rows
-    assert kernels.names == "attention sdpa, norm rows, compiled in training: rotation, gating"
+def test_what_is_named_is_not_compiled():
+    kernels = choose_kernels("sdpa", "rows", CPU, gating="torch", compile_blocks=True)
+    assert kernels.norm is norm_by_rows and kernels.gating is gate_by_torch
+    assert kernels.names.endswith("norm rows, gating torch, adamw torch, compiled in training: rotation")
     kernels = choose_kernels("auto", "auto", CPU, compile_blocks=True)
-    assert kernels.names == "attention blocks, norm rows, compiled in training: norm, rotation, gating"
+    assert kernels.names.endswith(", compiled in training: norm, rotation, gating")
+
+
+@needs_compiler
+def test_experts_whose_tokens_vary_are_not_compiled():
+    kernels, before = choose_kernels("auto", "auto", CPU, compile_blocks=True), compiled_graphs()
+    for tokens in range(1, 12):
+        kernels.expert_gating(drawn(tokens, 48), drawn(tokens, 48))
+    assert compiled_graphs() == before
 
 
 def test_a_machine_without_a_compiler_is_told_in_a_line():

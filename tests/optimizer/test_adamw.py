@@ -7,7 +7,7 @@ from megalite.config.optimizer import OptimizerConfig
 from megalite.model.llama import LlamaStage
 from megalite.model.share import StageShare
 from megalite.optimizer.adamw import AdamW
-from megalite.optimizer.recipe import RATE_FACTOR, set_learning_rate, state_bytes
+from megalite.optimizer.recipe import RATE_FACTOR, ParameterGroup, set_learning_rate, state_bytes
 from megalite.parallel.shard import ShardSpec, spec_of
 from tests.trainers import MODEL, TIED
 
@@ -59,7 +59,8 @@ def test_the_torch_optimizer_has_the_numbers_of_the_configuration():
 def test_state_that_is_made_early_is_what_torch_makes_at_the_first_step():
     weight = torch.nn.Parameter(torch.ones(3))
     recipe = AdamW(CONFIG)
-    made, stepped = (torch.optim.AdamW([weight], fused=True) for _ in range(2))
+    made = recipe.build([ParameterGroup([weight])])
+    stepped = torch.optim.AdamW([weight], fused=True)
     spec = ShardSpec("weight", (3,))
     state = recipe.state_of(made, weight, spec)
     weight.grad = torch.zeros(3)

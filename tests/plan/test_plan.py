@@ -114,6 +114,13 @@ def test_recomputation_and_long_samples_keep_less():
     assert probabilities == 4 * 2 * 4 * (64 * 64 + 64 * 128)
 
 
+def test_gating_that_is_computed_again_keeps_a_tensor_less():
+    torchs, ligers = (
+        plan_of(layout_of(1, f"kernels.gating={name}", stage=0))["activations"] for name in ("torch", "liger")
+    )
+    assert torchs - ligers == 4 * 2 * 128 * 96  # fp32, of 2 layers, for 128 tokens
+
+
 def test_a_stage_without_the_other_end_has_no_table_of_it():
     first, last = (plan_of(layout_of(2, "parallel.pp_size=2", rank=r, stage=0)) for r in range(2))
     assert first["weights"] == 4 * (LAYER + TABLE)
