@@ -68,7 +68,8 @@ def test_all_layers_of_a_model_compute_with_the_kernels_that_are_named(monkeypat
     """Norms of 4 layers and the head; gates of one layer's MLP, and in three of experts and shared ones."""
     norms, gates = stand_in_for_ligers_norm(monkeypatch), stand_in_for_ligers_gating(monkeypatch)
     results = []
-    for kernels in (Kernels(), Kernels(norm=NORMS["liger"], gating=GATINGS["liger"])):
+    gate = GATINGS["liger"]
+    for kernels in (Kernels(), Kernels(norm=NORMS["liger"], gating=gate, expert_gating=gate)):
         stage = LlamaStage(EXPERTS, LayerPlan(kernels=kernels), seed=SEED)
         loss = stage(None, global_batch(1))
         results.append((loss, *torch.autograd.grad(loss, list(stage.parameters()))))
