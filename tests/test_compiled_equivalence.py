@@ -35,9 +35,11 @@ CASES = [
     compiled(dp=2, zero=3, recompute="full", offload=True, uneven=True),
     compiled(pp=2, zero=2, schedule="zb-h1", tied=True),
     compiled(pp=2, zero=0, tied=True),
+    compiled(tp=2, zero=2, sp=False, tied=True),
+    compiled(dp=2, ep=2, model_kind="experts", padded=True),
 ]
 BF16 = compiled(tp=2, zero=2, precision="bf16")
-MOST_GRAPHS = 1 + 2 + 1  # norms; rotations of queries and of keys; gatings
+MOST_GRAPHS = 1 + 2 + 2  # norms; rotations of queries and keys; gatings of layers and shared experts
 
 
 @cache
