@@ -1,11 +1,12 @@
 """Plans on paper beside what runs take on this machine: the peak memory of the fullest rank and the time of a
-step, for five shapes in eleven layouts of two and four processes, 8 samples per step in fp32. The device is
-calibrated on one process in three shapes of its own and on gloo alone; nothing that is judged is among them.
+step, for five shapes in six to eleven layouts of two and four processes, 8 samples per step in fp32. The
+device is calibrated on shapes of its own: four on one process, and one of them on two with tensor
+parallelism and with ZeRO-3; nothing that is judged is among them.
 A cluster is a shape on two or on four processes: last is told how much slower the layout that the plan puts
 first is than the best of those measured. Ranks share the cores, as plans know.
 
-The scatter plot is images/plan_benchmark_scatter.png. Where other work takes the cores away, CLOCK = "cpu"
-judges a step by the processors' time of all ranks over the cores.
+The scatter plot, and what was taken over what was planned as a table, are in scaling.md. Where other work
+takes the cores away, CLOCK = "cpu" judges a step by the processors' time of all ranks over the cores.
 """
 
 import gc
@@ -14,7 +15,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +38,9 @@ PEER = "plan"
 CLOCK = "wall"
 SAMPLES, STEPS, WARM_UP = 8, 5, 3
 CORES = os.cpu_count() or 1
-PLOT = Path(__file__).parent.parent / "docs" / "images" / "plan_benchmark_scatter.png"
+DOCS = Path(__file__).parent.parent / "docs"
+PLOT, PAGE = DOCS / "images" / "plan_benchmark_scatter.png", DOCS / "scaling.md"
+BEGIN, END = "<!-- measured: plans -->\n", "<!-- end -->"
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}  # freed memory goes back at once
 
 SHAPES = {  # hidden, MLP, layers, heads, vocabulary, tokens of a sample
@@ -51,6 +54,7 @@ CALIBRATION = {
     "broad": (768, 2048, 2, 8, 2048, 128),
     "slim": (128, 352, 16, 4, 2048, 128),
     "middle": (384, 1024, 6, 8, 2048, 256),
+    "tables": (192, 512, 2, 4, 16384, 128),
 }
 TINY = (32, 64, 4, 4, 128, 64)
 EXPERTS = "model.n_routed_experts=8 model.num_experts_per_tok=2 model.moe_intermediate_size=352"
@@ -68,12 +72,14 @@ class Row(NamedTuple):
     @property
     def name(self) -> str:
         """For people."""
+        return f"{self.shape}, {self.layout()}"
+
+    def layout(self) -> str:
+        """All but the shape, for people."""
         words = (
             self.parallel.replace("parallel.", "").replace("pipeline_schedule=", "").replace("_size=", " ")
         )
-        return (
-            f"{self.shape}, {self.world_size} ranks, ZeRO-{self.zero}, micro batch {self.micro_batch} {words}"
-        )
+        return f"{self.world_size} ranks, ZeRO-{self.zero}, micro batch {self.micro_batch} {words}".strip()
 
 
 TP2, PP2, CP2 = "parallel.tp_size=2", "parallel.pp_size=2", "parallel.cp_size=2"
@@ -90,7 +96,9 @@ LAYOUTS = [
     (4, 1, 2, f"{PP2} parallel.pipeline_schedule=interleaved"),
     (4, 2, 2, f"{PP2} parallel.pipeline_schedule=zb-h1"),
 ]
-ROWS = [Row(shape, *layout) for shape in SHAPES for layout in LAYOUTS]
+FEW = [LAYOUTS[i] for i in (0, 1, 3, 6, 7, 9)]
+LAYOUTS_OF = {"wide": LAYOUTS, "deep": LAYOUTS, "long": [*FEW, LAYOUTS[2], LAYOUTS[4]]}
+ROWS = [Row(shape, *layout) for shape in SHAPES for layout in LAYOUTS_OF.get(shape, FEW)]
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,9 @@ class Taken:
         return self.wall_seconds if CLOCK == "wall" else self.cpu_seconds / CORES
 
 
+Plans = Mapping[Row, tuple[float, float]]  # seconds of a step, bytes of the fullest rank
+
+
 def measure() -> list[Measurement]:
     """All rows."""
     return compare(ROWS)
@@ -120,7 +131,14 @@ def compare(rows: Sequence[Row]) -> list[Measurement]:
     for row in rows:
         taken[row] = taken_by(row)
         _tell(row, taken[row], planned[row])
-    results = []
+    draw(planned, taken)
+    write_ratios(planned, taken)
+    return results_of(planned, taken)
+
+
+def results_of(planned: Plans, taken: Mapping[Row, Taken]) -> list[Measurement]:
+    """Both figures of each row, and of each cluster how the plan chose."""
+    results, rows = [], list(taken)
     for row in rows:
         seconds, size_bytes = planned[row]
         results.append(_less(f"{row.name}: step", "s", taken[row].seconds, seconds))
@@ -132,8 +150,23 @@ def compare(rows: Sequence[Row]) -> list[Measurement]:
         chosen = taken[min(of_cluster, key=lambda row: planned[row][0])].seconds
         name = f"cluster of {cluster[1]}, {cluster[0]}: the layout that is planned best"
         results.append(_less(name, "s", chosen, best))
-    draw({row: planned[row] for row in rows}, taken)
     return results
+
+
+def write_ratios(planned: Plans, taken: Mapping[Row, Taken]) -> None:
+    """Taken over planned, time of a step and memory, by layout and shape, between the page's marks."""
+    shapes, layouts = ({get(row): None for row in taken} for get in (lambda row: row.shape, Row.layout))
+    lines = [f"| | {' | '.join(shapes)} |", "|---" + "|---:" * len(shapes) + "|"]
+    for layout in layouts:
+        found = {row.shape: row for row in taken if Row.layout(row) == layout}
+        cells = [
+            f"{taken[row].seconds / planned[row][0]:.2f}, {taken[row].peak_bytes / planned[row][1]:.2f}"
+            for row in map(found.__getitem__, shapes)
+        ]
+        lines.append(f"| {layout} | {' | '.join(cells)} |")
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
 
 
 def _tell(row: Row, taken: Taken, planned: tuple[float, float]) -> None:
@@ -252,23 +285,31 @@ IDLE = DeviceConfig(  # an order of magnitude, for jobs that nobody times
 
 
 def calibrated() -> DeviceConfig:
-    """This machine: its products, its gloo, and what three shapes take on one process beside products."""
+    """This machine: its products, its gloo, and what shapes of their own take, alone and on two ranks."""
     rows = [Row(shape, micro_batch=micro) for shape in CALIBRATION for micro in (2, 4)]
-    taken = {row: times_of(row)[1] for row in rows}
-    for row, seconds in taken.items():
-        print(f"calibration {row.name}: {seconds:.3f} s of processors", file=sys.stderr, flush=True)
+    alone = {row: times_of(row)[1] for row in rows}
+    pairs = [Row("slim", 2, 1, 2, TP2), Row("slim", 2, 1, 4, TP2), Row("slim", 2, 3, 2), Row("slim", 2, 3, 4)]
+    together = {row: times_of(row)[0] for row in pairs}
+    for row, seconds in (alone | together).items():
+        print(f"calibration {row.name}: {seconds:.3f} s", file=sys.stderr, flush=True)
     bandwidth, latency = in_world(2, gloo_speed)[0]
     start = IDLE.model_copy(update={"link_gb_per_second": bandwidth / 1e9, "link_latency_seconds": latency})
-    device = fit(start, taken)
+    device = calibrate(start, alone, together)
     print(f"calibrated: {device}", file=sys.stderr, flush=True)
     return device
 
 
-def fit(start: DeviceConfig, taken: dict[Row, float]) -> DeviceConfig:
-    """The device whose four unknowns make the least relative squared error: coordinate by coordinate."""
-    device, width = start, 4.0
-    names = ("peak_tflops_fp32", "elementwise_bytes", "layer_seconds", "step_seconds", "optimizer_bytes")
-    device = device.model_copy(update={"layer_seconds": 1e-4, "step_seconds": 1e-3})
+def calibrate(start: DeviceConfig, alone: dict[Row, float], together: dict[Row, float]) -> DeviceConfig:
+    """By seconds of processors of one process, then by seconds of two ranks, which wait for each other."""
+    begin = {"layer_seconds": 1e-4, "zero3_layer_seconds": 1e-3, "step_seconds": 1e-3}
+    names = ("peak_tflops_fp32", "elementwise_bytes", "optimizer_bytes", "layer_seconds", "step_seconds")
+    device = fit(start.model_copy(update=begin), alone, names)
+    return fit(device, together, ("link_latency_seconds", "zero3_layer_seconds"))
+
+
+def fit(device: DeviceConfig, taken: dict[Row, float], names: Sequence[str]) -> DeviceConfig:
+    """The device whose unknowns make the least relative squared error: coordinate by coordinate."""
+    width = 4.0
     while width > 1.005:
         for name in names:
             value = getattr(device, name)
@@ -279,8 +320,7 @@ def fit(start: DeviceConfig, taken: dict[Row, float]) -> DeviceConfig:
 
 
 def _error(device: DeviceConfig, taken: dict[Row, float]) -> float:
-    alone = device.model_copy(update={"processors_per_node": 1})
-    return sum((step_time(job_of(row, alone)).total / seconds - 1) ** 2 for row, seconds in taken.items())
+    return sum((step_time(job_of(row, device)).total / seconds - 1) ** 2 for row, seconds in taken.items())
 
 
 def gloo_speed() -> tuple[float, float]:
@@ -299,7 +339,7 @@ def gloo_speed() -> tuple[float, float]:
     return 4 * 4_000_000 / max(seconds[4_000_000] - latency, 1e-9), latency
 
 
-def draw(planned: dict[Row, tuple[float, float]], taken: dict[Row, Taken]) -> None:
+def draw(planned: Plans, taken: Mapping[Row, Taken]) -> None:
     """Planned over measured, step times and memory, with the bands that are promised."""
     from matplotlib.figure import Figure
 

@@ -56,6 +56,11 @@ class DeviceConfig(Section):
     layer_seconds: NonNegativeFloat = Field(
         0.0, description="Beside the products, per layer, micro batch and pass, in seconds."
     )
+    zero3_layer_seconds: NonNegativeFloat = Field(
+        0.0,
+        description="ZeRO-3: letting weights come and go, per layer and time that they are gathered, in "
+        "seconds; none where a GPU computes meanwhile.",
+    )
     step_seconds: NonNegativeFloat = Field(
         0.0, description="Beside the rest, per optimizer step, in seconds."
     )

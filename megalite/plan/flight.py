@@ -1,8 +1,9 @@
 """Activations over one optimizer step, micro batches in flight and chunks among them (pure arithmetic)."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from megalite.pipeline.actions import Backward, BackwardInput, Compute, Forward
+from megalite.pipeline.actions import Backward, BackwardInput, BackwardWeight, Compute, Forward
 from megalite.pipeline.schedule import orders_of
 from megalite.plan.activations import (
     backward_bytes,
@@ -49,10 +50,22 @@ class ChunkBytes:
         )
 
 
-def activation_bytes(
-    layout: RankLayout, device: str, chunks: list[ChunkBytes] | None = None
-) -> tuple[int, int]:
-    """What is kept, and what computing takes beside it, at the moment of a step when both are most."""
+class Fullest(NamedTuple):
+    """The moment of a step when most is held: activations, what computing takes beside them, gradients."""
+
+    kept: int
+    working: int
+    gradients: int
+
+
+def fullest_moment(
+    layout: RankLayout, device: str, gradients: int = 0, chunks: list[ChunkBytes] | None = None
+) -> Fullest:
+    """By the order of a rank's actions.
+
+    gradients: bytes that the first backwards of a step make, each chunk as much; they stay to its end. With
+    one micro batch there are none yet when forward has kept the most.
+    """
     chunks = chunks or [ChunkBytes.of(layout, chunk, device) for chunk in range(len(layout.shares))]
     parallel = layout.run.parallel
     sizes = (
@@ -62,13 +75,16 @@ def activation_bytes(
         layout.placement.num_chunks,
     )
     orders, _ = orders_of(*sizes)
-    held, most = 0, (0, 0)
+    held, made, most = 0, set[int](), Fullest(0, 0, 0)
     for action in orders[layout.topology.place(layout.rank, "pp")]:
         chunk = chunks[action.chunk]
         held += chunk.kept if isinstance(action, Forward) else 0
         working = chunk.forward if isinstance(action, Forward) else chunk.backward
-        most = max(most, (held, working), key=sum)
+        before = Fullest(held, working, gradients * len(made) // len(chunks))
         held -= _freed(action, chunk)
+        made |= {action.chunk} if isinstance(action, Backward | BackwardWeight) else set()
+        after = Fullest(held, working, gradients * len(made) // len(chunks))
+        most = max(most, before, after, key=sum)
     return most
 
 

@@ -2,7 +2,8 @@
 
     plan_memory(run, deepspeed, world_size, rank)  # {"weights": ..., "master copy": ..., ...}
 
-The sum is the most that a rank holds at once from its second step on, when the optimizer's state is there.
+The sum is the most that a rank holds at once from its second step on, when the optimizer's state is there;
+gradients that are not there at that moment (ZeRO 0 and 1, one micro batch) are not in it.
 What libraries, data and CUDA take comes on top, and so do transfers within a communication library.
 """
 
@@ -11,9 +12,9 @@ from collections.abc import Mapping
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.run import RunConfig
 from megalite.plan.buckets import bucket_sizes
-from megalite.plan.flight import activation_bytes
+from megalite.plan.flight import fullest_moment
 from megalite.plan.layout import RankLayout
-from megalite.plan.owner import state_bytes
+from megalite.plan.owner import gradients_are_let_go, state_bytes
 from megalite.plan.tensors import LocalTensor, tensors_of_rank
 
 MODEL_STATE = ("weights", "master copy", "gradients", "moments")
@@ -30,9 +31,12 @@ def plan_memory(
     layout = RankLayout(run, deepspeed, world_size, rank)
     tensors = tensors_of_rank(layout)
     sizes = bucket_sizes(layout)
-    kept, working = activation_bytes(layout, device)
+    state = state_bytes(layout, tensors)
+    comes_and_goes = state["gradients"] if gradients_are_let_go(layout) else 0
+    kept, working, there = fullest_moment(layout, device, comes_and_goes)
     return {
-        **state_bytes(layout, tensors),
+        **state,
+        "gradients": state["gradients"] - comes_and_goes + there,
         "gathered weights": _gathered(layout, tensors, sizes),
         "buckets": _buckets(layout, sizes),
         "activations": kept,
@@ -65,7 +69,7 @@ def _buckets(layout: RankLayout, sizes: Mapping[str, int]) -> int:
 
 
 def _reduction(layout: RankLayout, tensors: list[LocalTensor], kept: int, bucket: int) -> int:
-    """While a bucket, or a larger tensor, is reduced: its copy in one piece, and the part that is left.
+    """While a bucket, or a larger tensor, is reduced: its copy in one piece, and the part that is left of it.
 
     ZeRO-0 reduces all in one, when the activations, `kept` bytes, are gone.
     """
@@ -73,7 +77,8 @@ def _reduction(layout: RankLayout, tensors: list[LocalTensor], kept: int, bucket
     if layout.deepspeed.zero_stage == 0:
         return max(0, sum(trained) * layout.number_bytes - kept)
     piece = max(bucket, *trained)
-    return (piece + piece // layout.num_data_ranks) * layout.number_bytes
+    part = piece // layout.num_data_ranks if layout.num_data_ranks > 1 else 0
+    return (piece + part) * layout.number_bytes
 
 
 def _communication(layout: RankLayout) -> int:

@@ -46,5 +46,10 @@ def _gradients(layout: RankLayout, trained: list[LocalTensor], stepped: int) -> 
     return stepped * layout.gradient_bytes
 
 
+def gradients_are_let_go(layout: RankLayout) -> bool:
+    """Whether each step makes all of them anew: ZeRO 0 and 1, unless they are summed in another format."""
+    return layout.deepspeed.zero_stage < 2 and layout.gradient_bytes == layout.number_bytes
+
+
 def _part(tensor: LocalTensor) -> int:
     return ceil(tensor.numel / tensor.num_data_ranks)

@@ -9,7 +9,7 @@ from megalite.plan.communication import Flow, Phase, data_flows, stage_flows, tr
 from megalite.plan.idle import Played, StageCosts, idle_seconds, play_step
 from megalite.plan.job import Job
 from megalite.plan.stage import rank_size
-from megalite.plan.work import Seconds, optimizer_seconds, stage_seconds
+from megalite.plan.work import Seconds, gathering_seconds, optimizer_seconds, stage_seconds
 
 PASSES: tuple[Phase, ...] = ("forward", "backward_input", "backward_weight")
 
@@ -157,7 +157,8 @@ def _after_the_passes(job: Job, shares: Sequence[StageShare], computing: float) 
             into[flow.axis] = into.get(flow.axis, 0.0) + flow.seconds(job.device)
     left = _not_hidden(job.device, hidden, computing)
     parts = {f"{axis} communication": shown.get(axis, 0) + left.get(axis, 0) for axis in {**shown, **left}}
-    return parts | {"optimizer": optimizer_seconds(job, size.trained)}
+    parts |= {"optimizer": optimizer_seconds(job, size.trained)}
+    return parts | {"gathering": gathering_seconds(job, size.num_layers)}
 
 
 def _put_together(job: Job, stages: Sequence[_StagePass], played: Played) -> StepTime:

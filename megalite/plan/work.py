@@ -53,6 +53,14 @@ def stage_seconds(job: Job, share: StageShare) -> Seconds:
     )
 
 
+def gathering_seconds(job: Job, num_layers: int) -> float:
+    """Of a rank's step, beside communication: what ZeRO-3 does for `num_layers` layers to come and go."""
+    if job.deepspeed.zero_stage < 3:
+        return 0.0
+    each_micro_batch = job.run.parallel.parameter_gathering == "micro_batch"
+    return num_layers * job.device.zero3_layer_seconds * (job.num_micro_batches if each_micro_batch else 1)
+
+
 def optimizer_seconds(job: Job, num_trained: int) -> float:
     """Of one step over what a rank keeps of `num_trained` parameters; bound by memory."""
     own = num_trained / (job.data_size if job.deepspeed.zero_stage else 1)

@@ -9,7 +9,7 @@ from megalite.config.deepspeed import deepspeed_config_from
 from megalite.config.load import load_run
 from megalite.config.run import RunConfig
 from megalite.plan.buckets import bucket_sizes
-from megalite.plan.flight import ChunkBytes, activation_bytes
+from megalite.plan.flight import ChunkBytes, fullest_moment
 from megalite.plan.layout import RankLayout
 from megalite.plan.memory import plan_memory
 from megalite.plan.stage import largest_layer, rank_size
@@ -99,8 +99,24 @@ def test_a_schedule_keeps_so_many_micro_batches(schedule, most):
     """
     chunk = ChunkBytes(kept=1000, left=1000, forward=1, backward=1)
     options = ("parallel.pp_size=2", f"parallel.pipeline_schedule={schedule}")
-    kept = [activation_bytes(layout_of(2, *options, rank=rank), "cpu", [chunk])[0] for rank in range(2)]
+    layouts = [layout_of(2, *options, rank=rank) for rank in range(2)]
+    kept = [fullest_moment(layout, "cpu", chunks=[chunk]).kept for layout in layouts]
     assert kept == [1000 * number for number in most]
+
+
+@pytest.mark.parametrize(
+    ("gradients", "expected"),
+    [
+        (500, (1000, 20, 0)),  # at the end of forward, when there are none yet
+        (5000, (0, 10, 5000)),  # at the end of backward, when nothing else is left
+    ],
+)
+def test_one_micro_batch_has_gradients_when_its_activations_are_gone(gradients, expected):
+    chunk = ChunkBytes(kept=1000, left=0, forward=20, backward=10)
+    layout = layout_of(1, stage=1, samples=1)
+    assert fullest_moment(layout, "cpu", gradients, [chunk]) == expected
+    several = layout_of(1, stage=1, samples=2)
+    assert fullest_moment(several, "cpu", gradients, [chunk]) == (1000, 20, gradients)
 
 
 def test_recomputation_and_long_samples_keep_less():
