@@ -159,14 +159,17 @@ def write_ratios(planned: Plans, taken: Mapping[Row, Taken]) -> None:
     lines = [f"| | {' | '.join(shapes)} |", "|---" + "|---:" * len(shapes) + "|"]
     for layout in layouts:
         found = {row.shape: row for row in taken if Row.layout(row) == layout}
-        cells = [
-            f"{taken[row].seconds / planned[row][0]:.2f}, {taken[row].peak_bytes / planned[row][1]:.2f}"
-            for row in map(found.__getitem__, shapes)
-        ]
+        cells = [_ratios(found.get(shape), planned, taken) for shape in shapes]
         lines.append(f"| {layout} | {' | '.join(cells)} |")
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
     PAGE.write_text(before + BEGIN + "\n".join(lines) + "\n" + END + after, encoding="utf-8")
+
+
+def _ratios(row: Row | None, planned: Plans, taken: Mapping[Row, Taken]) -> str:
+    if row is None:
+        return ""
+    return f"{taken[row].seconds / planned[row][0]:.2f}, {taken[row].peak_bytes / planned[row][1]:.2f}"
 
 
 def _tell(row: Row, taken: Taken, planned: tuple[float, float]) -> None:
@@ -342,6 +345,7 @@ def gloo_speed() -> tuple[float, float]:
 def draw(planned: Plans, taken: Mapping[Row, Taken]) -> None:
     """Planned over measured, step times and memory, with the bands that are promised."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
     from megalite.measure.figure import save_figure
 
@@ -363,6 +367,10 @@ def draw(planned: Plans, taken: Mapping[Row, Taken]) -> None:
         axes.fill_between(ends, least, most, alpha=0.15)
         axes.scatter(*zip(*points, strict=True), s=14, color="#2563a8")
         axes.set(xscale="log", yscale="log", xlabel=f"measured {what}", ylabel="planned")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(FormatStrFormatter("%g"))
+            axis.set_minor_formatter(NullFormatter())
         axes.set_title(f"within {band:.0%}")
     save_figure(figure, PLOT, dots_per_inch=110)
 
