@@ -46,6 +46,10 @@ def measured_intervals(pipeline: Sequence[RankTimeline], orders: Sequence[Order]
 
     Raises TimelineError where that is not what they were to compute, in this order.
     """
+    if len(pipeline) != len(orders):
+        raise TimelineError(
+            f"{len(pipeline)} ranks of a pipeline of {len(orders)} are recorded: record again"
+        )
     spans = [timeline.lane("compute") for timeline in pipeline]
     for timeline, of_rank, order in zip(pipeline, spans, orders, strict=True):
         if [computation_of(span.detail) for span in of_rank] != order:

@@ -34,5 +34,5 @@ class KernelConfig(Section):
     compile_blocks: bool = Field(
         False,
         description="Whether torch.compile makes what lies between a block's matrix products, in training: "
-        "rotation, and norms and gating unless they are named; on a CPU it needs a C++ compiler.",
+        "rotation, and norms and gating unless named; on a CPU it needs a C++ compiler and Python.h.",
     )

@@ -96,9 +96,9 @@ def measured_waiting(run_dir: Path) -> float | None:
 
 def _waiting_of(timeline: RankTimeline) -> float:
     """From the first to the last that the rank itself did; transfers and collectives go on besides."""
-    own = [span for span in timeline.spans if span.lane not in OVERLAPPING]
+    own = [span for span in timeline.spans if span.lane not in OVERLAPPING] or timeline.spans
     begin, end = min(span.begin_seconds for span in own), max(span.end_seconds for span in own)
-    return sum(span.seconds for span in timeline.lane("wait")) / (end - begin)
+    return sum(span.seconds for span in timeline.lane("wait")) / (end - begin) if end > begin else 0.0
 
 
 def _with_efficiency(job: Job, value: float) -> Job:

@@ -17,7 +17,9 @@ from megalite.error import UserError
 from megalite.files import write_text
 
 LANES = ("compute", "update", "wait", "collective wait", "post", "transfer", "collective")
-PLACE = ("world_size", "pp_rank", "step")  # facts of every recording
+# Facts of every recording, with the least that each can be.
+COUNTS = {"world_size": 1, "pp_size": 1, "pp_rank": 0, "step": 0, "num_micro_batches": 1}
+FACTS = (*COUNTS, "pipeline_schedule", "num_chunks", "clock_error_seconds")
 OVERLAPPING = ("transfer", "collective")
 MICROSECONDS = 1e6
 FILES = "timeline-rank*.json"
@@ -92,7 +94,7 @@ def read_timelines(run_dir: Path) -> list[RankTimeline]:
             f"{run_dir} holds no timeline-rank0.json: set logging.timeline_at_step to a step of the run"
         )
     for timeline in found:
-        missing = [name for name in PLACE if name not in timeline.facts]
+        missing = [name for name in FACTS if name not in timeline.facts]
         if missing:
             path = timeline_path(run_dir, timeline.rank)
             raise TimelineError(f"{path} does not say {missing[0]} in otherData: record it again")
@@ -123,11 +125,19 @@ def _read(path: Path) -> RankTimeline:
         rank = int(path.stem.removeprefix("timeline-rank"))
         content = json.loads(path.read_text(encoding="utf-8"))
         spans = sorted(_spans(content["traceEvents"]), key=lambda span: span.begin_seconds)
-        if not spans:
-            raise ValueError("it holds no spans")
-        return RankTimeline(rank, dict(content.get("otherData", {})), tuple(spans))
+        if not spans or max(span.end_seconds for span in spans) <= spans[0].begin_seconds:
+            raise ValueError("it holds no spans that take time")
+        return RankTimeline(rank, _facts(content.get("otherData", {})), tuple(spans))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TimelineError(f"{path} is no timeline of megalite ({error!r}): record it again") from None
+
+
+def _facts(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that are there, if they can be."""
+    for name, least in COUNTS.items():
+        if name in found and (type(found[name]) is not int or found[name] < least):
+            raise ValueError(f"{name} is {found[name]!r}, expected a whole number from {least} on")
+    return dict(found)
 
 
 def _events(timeline: RankTimeline) -> Iterator[dict[str, Any]]:
@@ -159,4 +169,16 @@ def _spans(events: Iterable[Mapping[str, Any]]) -> Iterator[Span]:
             first = begun.pop(event["id"]) if event["ph"] == "e" else event
             end = event["ts"] if event["ph"] == "e" else event["ts"] + event["dur"]
             times = float(first["ts"]) / MICROSECONDS, float(end) / MICROSECONDS
-            yield Span(first["cat"], str(first["name"]), *times, first.get("args", {}))
+            yield Span(str(first["cat"]), str(first["name"]), *times, _detail(first.get("args", {})))
+
+
+def _detail(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a span; an action comes with the micro batch and the chunk that it is of."""
+    detail = dict(found)
+    if "action" in detail and [type(detail.get(n)) for n in ("action", "micro_batch", "chunk")] != [
+        str,
+        int,
+        int,
+    ]:
+        raise ValueError(f"{detail} is no action of a micro batch and a chunk")
+    return detail

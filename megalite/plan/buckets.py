@@ -8,6 +8,7 @@ from typing import Any
 
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.run import RunConfig
+from megalite.config.section import ConfigError
 from megalite.plan.layout import RankLayout
 from megalite.plan.stage import StageSize, largest_layer, rank_size
 from megalite.plan.tensors import LocalTensor, modules_of, tensors_of_rank
@@ -33,12 +34,18 @@ def bucket_sizes(layout: RankLayout) -> dict[str, int]:
 def collective_sizes(run: RunConfig, deepspeed: DeepSpeedConfig, size: StageSize) -> dict[str, int]:
     """Those of them that say how much goes into one collective. size: of all that the rank holds."""
     stated: dict[str, Any] = deepspeed.raw.get("zero_optimization") or {}
-    layer = largest_layer(run, size)
+    layer = max(1, largest_layer(run, size))  # of a stage without adapters nothing is trained
     chosen = {"reduce_bucket_size": min(layer, LARGEST_BUCKET)}
     if deepspeed.zero_stage == 3:
         chosen["stage3_prefetch_bucket_size"] = min(layer, LARGEST_PREFETCH)
         chosen["stage3_param_persistence_threshold"] = min(10 * run.model.hidden_size, LARGEST_PERSISTENT)
-    return {name: int(float(stated.get(name, elements))) for name, elements in chosen.items()}
+    sizes = {name: int(float(stated.get(name, elements))) for name, elements in chosen.items()}
+    if sizes["reduce_bucket_size"] < 1:
+        raise ConfigError(
+            f"zero_optimization.reduce_bucket_size is {stated['reduce_bucket_size']} in the DeepSpeed JSON "
+            "and at least 1 is needed: remove it, or state more"
+        )
+    return sizes
 
 
 def _live(tensors: list[LocalTensor], sizes: dict[str, int]) -> int:

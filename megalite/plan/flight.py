@@ -59,13 +59,20 @@ class Fullest(NamedTuple):
 
 
 def fullest_moment(
-    layout: RankLayout, device: str, gradients: int = 0, chunks: list[ChunkBytes] | None = None
+    layout: RankLayout,
+    device: str,
+    gradients: int = 0,
+    chunks: list[ChunkBytes] | None = None,
+    *,
+    reduction: int = 0,
 ) -> Fullest:
     """By the order of a rank's actions.
 
-    gradients: bytes that the first backwards of a step make, each chunk as much; they stay to its end. With
-    one micro batch there are none yet when forward has kept the most.
+    gradients: bytes that the first backwards of a step make, each chunk as much; they stay to its end. There
+    are none yet when all forwards have kept the most.
+    reduction: what reducing them takes: within backwards, or at ZeRO-0 after the last of them.
     """
+    in_the_end = layout.deepspeed.zero_stage == 0
     chunks = chunks or [ChunkBytes.of(layout, chunk, device) for chunk in range(len(layout.shares))]
     parallel = layout.run.parallel
     sizes = (
@@ -79,13 +86,14 @@ def fullest_moment(
     for action in orders[layout.topology.place(layout.rank, "pp")]:
         chunk = chunks[action.chunk]
         held += chunk.kept if isinstance(action, Forward) else 0
-        working = chunk.forward if isinstance(action, Forward) else chunk.backward
+        backward = max(chunk.backward, 0 if in_the_end else reduction)
+        working = chunk.forward if isinstance(action, Forward) else backward
         before = Fullest(held, working, gradients * len(made) // len(chunks))
         held -= _freed(action, chunk)
         made |= {action.chunk} if isinstance(action, Backward | BackwardWeight) else set()
         after = Fullest(held, working, gradients * len(made) // len(chunks))
         most = max(most, before, after, key=sum)
-    return most
+    return max(most, Fullest(held, reduction, gradients), key=sum)
 
 
 def _freed(action: Compute, chunk: ChunkBytes) -> int:

@@ -3,7 +3,7 @@
     plan_memory(run, deepspeed, world_size, rank)  # {"weights": ..., "master copy": ..., ...}
 
 The sum is the most that a rank holds at once from its second step on, when the optimizer's state is there;
-gradients that are not there at that moment (ZeRO 0 and 1, one micro batch) are not in it.
+gradients that are not there at that moment (ZeRO 0 and 1, where forwards come first) are not in it.
 What libraries, data and CUDA take comes on top, and so do transfers within a communication library.
 """
 
@@ -33,14 +33,15 @@ def plan_memory(
     sizes = bucket_sizes(layout)
     state = state_bytes(layout, tensors)
     comes_and_goes = state["gradients"] if gradients_are_let_go(layout) else 0
-    kept, working, there = fullest_moment(layout, device, comes_and_goes)
+    reduction = _reduction(layout, tensors, sizes["reduce_bucket_size"])
+    kept, working, there = fullest_moment(layout, device, comes_and_goes, reduction=reduction)
     return {
         **state,
         "gradients": state["gradients"] - comes_and_goes + there,
         "gathered weights": _gathered(layout, tensors, sizes),
         "buckets": _buckets(layout, sizes),
         "activations": kept,
-        "working set": max(working, _reduction(layout, tensors, kept, sizes["reduce_bucket_size"])),
+        "working set": working,
         "communication": _communication(layout),
     }
 
@@ -68,14 +69,14 @@ def _buckets(layout: RankLayout, sizes: Mapping[str, int]) -> int:
     return number * sizes["reduce_bucket_size"] * layout.number_bytes
 
 
-def _reduction(layout: RankLayout, tensors: list[LocalTensor], kept: int, bucket: int) -> int:
+def _reduction(layout: RankLayout, tensors: list[LocalTensor], bucket: int) -> int:
     """While a bucket, or a larger tensor, is reduced: its copy in one piece, and the part that is left of it.
 
-    ZeRO-0 reduces all in one, when the activations, `kept` bytes, are gone.
+    ZeRO-0 reduces all in one.
     """
     trained = [tensor.numel for tensor in tensors if tensor.is_trained]
     if layout.deepspeed.zero_stage == 0:
-        return max(0, sum(trained) * layout.number_bytes - kept)
+        return sum(trained) * layout.number_bytes
     piece = max(bucket, *trained)
     part = piece // layout.num_data_ranks if layout.num_data_ranks > 1 else 0
     return (piece + part) * layout.number_bytes

@@ -58,7 +58,8 @@ def gathering_seconds(job: Job, num_layers: int) -> float:
     if job.deepspeed.zero_stage < 3:
         return 0.0
     each_micro_batch = job.run.parallel.parameter_gathering == "micro_batch"
-    return num_layers * job.device.zero3_layer_seconds * (job.num_micro_batches if each_micro_batch else 1)
+    times = 2 * job.num_micro_batches if each_micro_batch else 1  # for forward, and again for backward
+    return num_layers * times * job.device.zero3_layer_seconds
 
 
 def optimizer_seconds(job: Job, num_trained: int) -> float:

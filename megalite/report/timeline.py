@@ -106,18 +106,18 @@ def _waits(pipeline: Sequence[RankTimeline]) -> Iterator[tuple[str, ...]]:
     """A row for each rank."""
     computed = [recorded.lane(COMPUTE) for recorded in pipeline]
     spans = [span for of_rank in computed for span in of_rank]
-    if not spans:
+    whole = max((s.end_seconds for s in spans), default=0) - min((s.begin_seconds for s in spans), default=0)
+    if not whole:
         return
-    whole = max(span.end_seconds for span in spans) - min(span.begin_seconds for span in spans)
     planned = _planned_shares(pipeline[0].facts, spans)
-    for number, (recorded, of_rank) in enumerate(zip(pipeline, computed, strict=True)):
+    for recorded, of_rank in zip(pipeline, computed, strict=True):
         busy = sum(span.seconds for span in of_rank)
-        share = planned[number] if planned else None
+        share = planned.get(recorded.facts.get("pp_rank"))
         cells = f"{busy:.4f}", f"{whole - busy:.4f}", f"{(whole - busy) / whole:.1%}"
         yield f"rank {recorded.rank}", *cells, "-" if share is None else f"{share:.1%}"
 
 
-def _planned_shares(facts: Mapping[str, Any], spans: Sequence[Span]) -> list[float]:
+def _planned_shares(facts: Mapping[str, Any], spans: Sequence[Span]) -> dict[int | None, float]:
     """Of the time, in which each rank of a pipeline waits by plan; none where the files do not say enough."""
     names = ("pipeline_schedule", "pp_size", "num_micro_batches", "num_chunks")
     computed = [
@@ -126,8 +126,8 @@ def _planned_shares(facts: Mapping[str, Any], spans: Sequence[Span]) -> list[flo
         if (action := computation_of(span.detail))
     ]
     if not computed or any(name not in facts for name in names) or facts["pipeline_schedule"] not in RULES:
-        return []
+        return {}
     orders, placement = orders_of(*(facts[name] for name in names))
     intervals = play(orders, placement, mean_durations(computed, placement.num_chunks))
     end = max(interval.end for interval in intervals)
-    return [idle(intervals, rank) / end for rank in range(placement.num_ranks)]
+    return {rank: idle(intervals, rank) / end for rank in range(placement.num_ranks)}

@@ -25,7 +25,8 @@ def timeline(rank, world_size=2, step=3):
         Span("transfer", "activation 1", 0.375, 0.625, {"peer": 1 - rank}),  # overlaps the first
         Span("update", "optimizer", 1.0, 1.25),
     ]
-    facts = {"world_size": world_size, "pp_rank": rank, "step": step}
+    facts = {"world_size": world_size, "pp_size": 2, "pp_rank": rank, "step": step, "num_micro_batches": 2}
+    facts |= {"pipeline_schedule": "1f1b", "num_chunks": 1, "clock_error_seconds": 0.001}
     return RankTimeline(rank, {"rank": rank, **facts}, tuple(spans))
 
 
@@ -81,6 +82,31 @@ def test_a_recording_of_some_ranks_or_without_facts_is_found_and_not_taken_for_a
     assert (alone.facts, alone.spans) == ({}, (Span("compute", "forward 0", 1.0, 1.5),))
     with pytest.raises(TimelineError, match=r"timeline-rank10.json does not say world_size in otherData"):
         read_timelines(tmp_path)
+
+
+WHOLE = {"ph": "X", "cat": "compute", "name": "forward 0", "ts": 1e6, "dur": 5e5}
+
+
+@pytest.mark.parametrize(
+    ("span", "facts", "reason"),
+    [
+        ({"dur": 0}, {}, "no spans that take time"),
+        ({"args": [1]}, {}, "TypeError|ValueError"),
+        ({"args": {"action": "Forward", "chunk": 0}}, {}, "is no action of a micro batch and a chunk"),
+        (
+            {"args": {"action": "Forward", "micro_batch": "0", "chunk": 0}},
+            {},
+            "is no action of a micro batch",
+        ),
+        ({}, {"step": "3"}, "step is '3', expected a whole number from 0 on"),
+        ({}, {"num_micro_batches": 0}, "num_micro_batches is 0, expected a whole number from 1 on"),
+    ],
+)
+def test_what_no_recording_holds_is_told_in_one_line(span, facts, reason, tmp_path):
+    content = {"traceEvents": [WHOLE | span], "otherData": facts}
+    timeline_path(tmp_path, 0).write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(TimelineError, match=rf"timeline-rank0.json is no timeline of megalite \(.*{reason}"):
+        found_timelines(tmp_path)
 
 
 def test_ranks_of_a_pipeline_stand_together_by_stage():

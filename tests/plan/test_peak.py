@@ -41,6 +41,7 @@ SEQ_LENGTH, ROWS, NUM_STEPS = 128, 2, 3
 MUON = OptimizerConfig(name="muon")
 PLANS = {
     "ZeRO-0": (Case(dp=2, zero=0), {}),
+    "ZeRO-0, one micro batch": (Case(dp=2, zero=0), {"num_micro_batches": 1}),
     "ZeRO-1": (Case(dp=2, zero=1), {}),
     "ZeRO-1, one micro batch": (Case(dp=2, zero=1), {"num_micro_batches": 1}),
     "ZeRO-2": (Case(dp=2, zero=2), {}),
@@ -106,22 +107,24 @@ def peak_of(profiler: profile, weights: dict[int, int], at_the_end: set[int]) ->
 
     By address. Gloo's threads let go of some blocks unseen: a block that is never seen to go, and is not
     there in the end, or is of a step from the second on, which make nothing that stays, is such a one, and is
-    left out.
+    left out. What only a graph of autograd would hold on to is left out as well.
     """
     nodes = _in_order(profiler.profiler.kineto_results.experimental_event_tree())
     begins = next(node.start_time_ns for node in nodes if node.name == "step 1")
     blocks = [node for node in nodes if node.tag == EventType.Allocation]
     ends: dict[int, int] = {}  # by address, of the block at hand: walked from the last to the first
+    later: set[int] = set()  # addresses of the blocks that were walked by
     changes, stays = [], set()
     for node in reversed(blocks):
         address, size = node.extra_fields.ptr, node.extra_fields.alloc_size
         if size < 0:
             ends[address] = node.start_time_ns
             continue
-        end = ends.pop(address, None)
+        end, is_last = ends.pop(address, None), address not in later
+        later.add(address)
         if end is not None:
             changes += [(node.start_time_ns, size), (end, -size)]
-        elif node.start_time_ns < begins and address in at_the_end:
+        elif node.start_time_ns < begins and is_last and address in at_the_end:
             changes.append((node.start_time_ns, size))
             stays.add(address)
     alive = sum(size for address, size in weights.items() if address not in stays)
