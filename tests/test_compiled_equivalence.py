@@ -36,18 +36,28 @@ CASES = [
     compiled(pp=2, zero=2, schedule="zb-h1", tied=True),
     compiled(pp=2, zero=0, tied=True),
     compiled(tp=2, zero=2, sp=False, tied=True),
-    compiled(dp=2, ep=2, model_kind="experts", padded=True),
+    compiled(dp=2, ep=2, model_kind="experts", padded=True, gathering="micro_batch"),
 ]
 BF16 = compiled(tp=2, zero=2, precision="bf16")
 MOST_GRAPHS = 1 + 2 + 2  # norms; rotations of queries and keys; gatings of layers and shared experts
 
 
 @cache
-def outcomes(folder: str) -> dict[Case, list[tuple[Curve, int]]]:
-    """Of each case, what every rank got, and how many graphs it compiled for it."""
+def outcomes_of_world(folder: str) -> dict[Case, list[tuple[Curve, int]]] | AssertionError:
+    """Of each case, what every rank got, and how many graphs it compiled for it; or what went wrong."""
     cases = [*CASES, BF16]
-    by_rank = run_distributed(train_compiled, 2, cases, folder, timeout_seconds=900)
+    try:
+        by_rank = run_distributed(train_compiled, 2, cases, folder, timeout_seconds=800)
+    except AssertionError as error:
+        return error
     return {case: [results[i] for results in by_rank] for i, case in enumerate(cases)}
+
+
+def outcomes(folder: str) -> dict[Case, list[tuple[Curve, int]]]:
+    found = outcomes_of_world(folder)
+    if isinstance(found, AssertionError):
+        raise found
+    return found
 
 
 def train_compiled(rank: int, cases: list[Case], folder: str) -> list[tuple[Curve, int]]:
@@ -59,6 +69,7 @@ def train_compiled(rank: int, cases: list[Case], folder: str) -> list[tuple[Curv
 def _train(rank: int, case: Case) -> tuple[Curve, int]:
     """Four steps, a validation among them; and the gradients of one, of weights that ZeRO-3 lets go."""
     torch._dynamo.reset()
+    counters.clear()
     before = counters["stats"]["unique_graphs"]
     curve = run_case(rank, case, num_steps=FEW_STEPS)
     options = {"stage3_param_persistence_threshold": 0} if case.zero == 3 else {}

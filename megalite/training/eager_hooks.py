@@ -15,10 +15,15 @@ KEPT_OUT = ("reset_step", "fetch_sub_module", "_PartitionedParameterCoordinator_
 
 
 def leave_compiler_out(offload: ModuleType, coordinator: type) -> None:
-    """Let DeepSpeed's hooks be the functions that they are written as; again changes nothing.
+    """Let DeepSpeed's hooks be the functions that they are written as, in all engines made from then on.
+
+    Again it changes nothing. Layers that torch.compile makes with their hooks need these kept out: so it is
+    called where an engine of ours is made, none of whose modules are compiled.
 
     offload: its module that hangs them on modules. coordinator: its class that they call.
     """
+    if isinstance(offload.torch, _TorchWithoutCompiler):
+        return
     offload.torch = _TorchWithoutCompiler()  # type: ignore[attr-defined]
     for name in KEPT_OUT:
         method = getattr(coordinator, name)

@@ -67,7 +67,6 @@ def initialize_communication() -> None:
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     # It decorates its Muon, which no recipe uses, with torch.compile: every start would import the compiler.
     deepspeed.runtime.compiler.compile = lambda: lambda function: function
-    leave_compiler_out(parameter_offload, partitioned_param_coordinator.PartitionedParameterCoordinator)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
 
 
@@ -137,6 +136,7 @@ class StageEngine:
         state = {name: b for name, b in module.named_buffers() if hasattr(b, "spec")}
         groups = recipe.groups(list(module.parameters()))
         _require_equal_groups(len(groups), context)
+        leave_compiler_out(parameter_offload, partitioned_param_coordinator.PartitionedParameterCoordinator)
         inner = recipe.build(groups)
         if type(inner) not in ZERO_SUPPORTED_OPTIMIZERS:
             ZERO_SUPPORTED_OPTIMIZERS.append(type(inner))  # else it warns: ours are tested in every layout

@@ -101,6 +101,8 @@ def test_apex_takes_what_the_stand_in_takes():
     if package is None:
         pytest.skip("apex is not installed: its source cannot be read")
     file = Path(package.submodule_search_locations[0], "optimizers", "fused_adam.py")
+    if not file.exists():
+        pytest.skip("apex is installed, and not NVIDIA's: its source cannot be read")
     calls = [n for n in ast.walk(ast.parse(file.read_text(encoding="utf-8"))) if isinstance(n, ast.Call)]
     given = [[ast.unparse(argument) for argument in call.args] for call in calls]
     of_fp32 = [a for a in given if a[:1] == ["self.multi_tensor_adam"] and "g_32" in a[2]]

@@ -27,7 +27,8 @@ import torch.nn.functional as F
 
 from megalite.batch import Batch
 from megalite.config.model import ModelConfig
-from megalite.model import attention
+from megalite.kernels.choice import Kernels
+from megalite.kernels.rotation import rotate_by_formula
 from megalite.model.llama import LlamaStage
 from megalite.model.rope import RotaryEmbedding
 from megalite.model.share import StageShare
@@ -71,7 +72,8 @@ class World:
         context = ParallelContext(topology, 0, torch.device("cpu"), groups)
         self.pp, self.dp, self.tp = groups.values()
         products = MatrixProducts(self._output, self._input_gradient, self._weight_gradient)
-        self.plan = LayerPlan(context, sequence_parallel, products=products)
+        kernels = Kernels(rotation=rotate_by_formula)  # whose autograd function has no types
+        self.plan = LayerPlan(context, sequence_parallel, products=products, kernels=kernels)
         self.residual = V if sequence_parallel else I
 
     def typed(self, x, *, tp, dp=V, pp=V):
@@ -209,12 +211,6 @@ def typed_starts(world):
     return {getattr(mappings, name): started(*rule) for name, rule in rules.items()}
 
 
-def rotate_by_torch(x, cos, sin):
-    """What kernels/rotation.py computes."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
 def type_the_pair(pair, world, starts):
     """Typed collectives in the Function that a mapping has in its closure."""
     (cell,) = [c for c in pair.__closure__ if inspect.isclass(c.cell_contents)]
@@ -234,7 +230,6 @@ def type_the_product(world):
     for start, typed in starts.items():
         setattr(column_product, start.__name__, typed)
     column_product._ColumnLinear = Typed(column_product._ColumnLinear, world)
-    attention.rotate = rotate_by_torch
 
     def losses(*, logits, labels):
         each = spmd.rules.einsum("sb_,sb->sb", logits, labels)
