@@ -4,7 +4,8 @@
     python -m benchmarks.run data_index   # one; the other sections of the page stay as they are
 
 A benchmark is a file benchmarks/NAME_benchmark.py. Its docstring's first paragraph opens the section on the
-page; TITLE and PEER name it and what it is compared with; measure() returns a list of Measurement.
+page; TITLE and PEER name it and what it is compared with; measure() returns a list of Measurement. One that
+draws a plot itself says where in PLOT.
 """
 
 import argparse
@@ -82,11 +83,13 @@ def _between(spread: tuple[float, float] | None, number: Callable[[float], str])
 
 def publish(page: Path, name: str, module: ModuleType, measurements: list[Measurement]) -> None:
     """Put a benchmark's section and plot in place of its former ones."""
-    plot = page.parent / "images" / f"{name}{SUFFIX}.png"
+    drawn: Path | None = getattr(module, "PLOT", None)  # by itself
+    plot = drawn or page.parent / "images" / f"{name}{SUFFIX}.png"
     opening = (module.__doc__ or "").split("\n\n")[0].strip()
     parts = [f"## {module.TITLE}", opening, table(measurements, module.PEER)]
     if any(m.peer is not None for m in measurements):
-        draw(plot, module, measurements)
+        if drawn is None:
+            draw(plot, module, measurements)
         parts.append(f"![{module.TITLE}](images/{plot.name})")
     parts.append(f"{_machine()}; `python -m benchmarks.run {name}`.")
     sections = _read_sections(page)
