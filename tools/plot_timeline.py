@@ -25,6 +25,8 @@ from megalite.pipeline.schedule import orders_of
 from megalite.pipeline.timeline import Interval, idle, mean_durations, play, replay
 from tools.draw_schedule import draw_ranks, explain
 
+SIZES = ("pipeline_schedule", "pp_size", "num_micro_batches", "num_chunks")  # of the plan, as facts
+PLANNED = (*SIZES, "clock_error_seconds")
 HEADINGS = ("compute", "waits, measured", "without transfers", "planned", "optimizer", "in collectives")
 
 
@@ -37,8 +39,7 @@ computed, how long layers waited for collectives."""
 
 def planned_orders(pipeline: Sequence[RankTimeline]) -> tuple[list[Order], Placement]:
     """What each rank of a pipeline was to compute."""
-    names = ("pipeline_schedule", "pp_size", "num_micro_batches", "num_chunks")
-    return orders_of(*(pipeline[0].facts[name] for name in names))
+    return orders_of(*(pipeline[0].facts[name] for name in SIZES))
 
 
 def measured_intervals(pipeline: Sequence[RankTimeline], orders: Sequence[Order]) -> list[Interval]:
@@ -130,6 +131,11 @@ def plot_timeline(arguments: argparse.Namespace) -> None:
         )
     pipeline = pipelines[arguments.pipeline]
     facts = pipeline[0].facts
+    missing = [name for name in PLANNED if name not in facts]
+    if missing:
+        raise TimelineError(
+            f"the recording of {arguments.run_dir} does not say {missing[0]}: record it again"
+        )
     print(f"step {facts['step']}, {facts['pipeline_schedule']}, seconds; see --help")
     print("rank" + "".join(f"{heading:>19}" for heading in HEADINGS))
     for timeline, row in zip(pipeline, figures(pipeline), strict=True):

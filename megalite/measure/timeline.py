@@ -17,9 +17,9 @@ from megalite.error import UserError
 from megalite.files import write_text
 
 LANES = ("compute", "update", "wait", "collective wait", "post", "transfer", "collective")
-# Facts of every recording, with the least that each can be.
+PLACE = ("world_size", "pp_rank", "step")  # facts of every recording
+# Facts that are numbers, with the least that each can be.
 COUNTS = {"world_size": 1, "pp_size": 1, "pp_rank": 0, "step": 0, "num_micro_batches": 1}
-FACTS = (*COUNTS, "pipeline_schedule", "num_chunks", "clock_error_seconds")
 OVERLAPPING = ("transfer", "collective")
 MICROSECONDS = 1e6
 FILES = "timeline-rank*.json"
@@ -94,7 +94,7 @@ def read_timelines(run_dir: Path) -> list[RankTimeline]:
             f"{run_dir} holds no timeline-rank0.json: set logging.timeline_at_step to a step of the run"
         )
     for timeline in found:
-        missing = [name for name in FACTS if name not in timeline.facts]
+        missing = [name for name in PLACE if name not in timeline.facts]
         if missing:
             path = timeline_path(run_dir, timeline.rank)
             raise TimelineError(f"{path} does not say {missing[0]} in otherData: record it again")
