@@ -45,7 +45,7 @@ def plain_step(
     device = _device_of(batches)
     model = transformers_model(run, precision, device, compiled=compiled)
     wrapped = DistributedDataParallel(model) if replicated else model
-    optimizer = _adamw(model, run.optimizer)
+    optimizer = adamw(model, run.optimizer)
 
     def step() -> float:
         total = torch.zeros((), device=device)
@@ -72,7 +72,7 @@ def deepspeed_step(
     precision = "bf16" if "bf16" in raw else "fp32"
     device = _device_of(batches)
     model = transformers_model(run, precision, device, compiled=compiled)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=_adamw(model, run.optimizer), config=dict(raw))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw(model, run.optimizer), config=dict(raw))
 
     def step() -> float:
         total = torch.zeros((), device=device)
@@ -92,7 +92,8 @@ def _loss(model: nn.Module, batch: Batch) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
 
 
-def _adamw(model: nn.Module, options: OptimizerConfig) -> torch.optim.Optimizer:
+def adamw(model: nn.Module, options: OptimizerConfig) -> torch.optim.Optimizer:
+    """Fused, with weight decay for matrices alone."""
     matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == flag] for flag in (True, False))
     return torch.optim.AdamW(
         [

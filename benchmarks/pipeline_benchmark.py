@@ -1,6 +1,6 @@
 """How long each of 4 ranks waits in a step of 8 micro batches, in seconds, with stages that sleep instead of
-computing: 0.1 s for a forward through all chunks of a rank, for the gradient of the input, and for those of
-the weights; from its recorded timeline, and the least of seven steps, since other work on the machine only
+computing: 0.3 s for a forward through all chunks of a rank, for the gradient of the input, and for those of
+the weights; from its recorded timeline, and the least of four steps, since other work on the machine only
 adds. The plan is the planned timeline's, where transfers take no time.
 """
 
@@ -23,8 +23,8 @@ from megalite.pipeline.timeline import Interval, idle, play
 
 TITLE = "Pipeline: waiting"
 PEER = "plan"
-RANKS, MICRO_BATCHES, STEPS = 4, 8, 7
-UNIT_SECONDS = 0.1
+RANKS, MICRO_BATCHES, STEPS = 4, 8, 4
+UNIT_SECONDS = 0.3
 SHAPE = (128, 1, 256)
 
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.run              # all, as `make bench`
     python -m benchmarks.run data_index   # one; the other sections of the page stay as they are
+    python -m benchmarks.run --json F     # also for programs to read
 
 A benchmark is a file benchmarks/NAME_benchmark.py. Its docstring's first paragraph opens the section on the
 page; TITLE and PEER name it and what it is compared with; measure() returns a list of Measurement. One that
@@ -10,6 +11,7 @@ draws a plot itself says where in PLOT.
 
 import argparse
 import importlib
+import json
 import os
 import platform
 import re
@@ -40,11 +42,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"benchmarks to run: {', '.join(known)}")
     parser.add_argument("--page", type=Path, default=PAGE, help="page to write (default: docs/benchmarks.md)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the measurements here")
     arguments = parser.parse_args(argv)
     for name in arguments.names:
         if name not in known:
             print(f"error: no benchmark {name!r}: known are {', '.join(known)}", file=sys.stderr)
             return 2
+    found = {}
     for name in arguments.names or known:
         module = importlib.import_module(f"benchmarks.{name}{SUFFIX}")
         print(f"{module.TITLE} ...", file=sys.stderr, flush=True)
@@ -55,6 +59,11 @@ def main(argv: list[str] | None = None) -> int:
             continue
         print(f"\n{module.TITLE}, against {module.PEER}\n\n{table(measurements, module.PEER)}\n", flush=True)
         publish(arguments.page, name, module, measurements)
+        found[name] = [{**m._asdict(), "advantage": m.advantage} for m in measurements]
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({"machine": _machine(), **found}, indent=2) + "\n", encoding="utf-8"
+        )
     print(f"wrote {arguments.page}")
     return 0
 

@@ -1,15 +1,17 @@
 """Optimizer steps of the 39M model on two cores: 8 samples of 512 tokens in 2 micro batches (4 in a pipeline,
 one where two ranks share the samples). A figure is the share of the cores' matrix-product rate, taken beside
 each step, that is model FLOPs: 6 per matmul parameter and 12 x layers x hidden x sequence for attention, per
-token. Peers take turns with it: transformers' Llama in a plain loop on 2 threads, in DDP, or in DeepSpeed's
-engine with the same settings, each with torch's fused AdamW; weights of the plain loop are in bf16 where it
-says bf16. Two processes, and four, have a thread in each.
+token. Peers take turns with it, each with torch's fused AdamW: transformers' Llama in a plain loop on 2
+threads, in DDP, or in DeepSpeed's engine with the same settings, and picotron from a checkout
+(PICOTRON=FOLDER), which has no ZeRO, no clipping and no tied head. Weights of the plain loop are in bf16
+where it says bf16. Two processes, and four, have a thread in each.
 """
 
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks import picotron_peer
 from benchmarks.measurement import Measurement
 from benchmarks.samples import random_samples
 from benchmarks.world import in_world
@@ -29,7 +32,7 @@ from megalite.model.flops import flops_per_token
 TITLE = "Training: the 39M model"
 PEER = "peer"
 CONFIG = Path(__file__).parent.parent / "configs" / "runs" / "lillm_39m.yaml"
-SAMPLES, CLIP, ROUNDS = 8, 1.0, 9
+SAMPLES, CLIP, ROUNDS = 8, 1.0, 3
 CORES = 2
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 PRODUCT = {"fp32": 768, "bf16": 1536}  # rows of the square matrices that the rate of products is taken with
@@ -37,7 +40,7 @@ PRODUCT = {"fp32": 768, "bf16": 1536}  # rows of the square matrices that the ra
 
 @dataclass(frozen=True)
 class Row:
-    """A layout, and who it is compared with: "plain", "ddp", "deepspeed", or nobody."""
+    """A layout, and who it is compared with: "plain", "ddp", "deepspeed", "picotron"; None for nobody."""
 
     name: str
     world_size: int
@@ -47,12 +50,15 @@ class Row:
     parallel: str = ""
     peer: str | None = None
 
+    def size(self, axis: str) -> int:
+        """Ranks along "tp" or "pp"."""
+        given = dict(word.split("=") for word in self.parallel.split())
+        return int(given.get(f"parallel.{axis}_size", 1))
+
     @property
     def dp_size(self) -> int:
         """Ranks with other samples."""
-        sizes = dict(word.split("=") for word in self.parallel.split() if "_size" in word)
-        model = int(sizes.get("parallel.tp_size", 1)) * int(sizes.get("parallel.pp_size", 1))
-        return self.world_size // model
+        return self.world_size // self.size("tp") // self.size("pp")
 
     @property
     def deepspeed(self) -> dict[str, Any]:
@@ -67,6 +73,8 @@ class Row:
 
 
 TP2, PP2 = "parallel.tp_size=2", "parallel.pp_size=2"
+SCHEDULE = "parallel.pipeline_schedule="
+PIPELINE = partial(Row, zero=3, num_micro_batches=4, peer="picotron")
 ROWS = (
     Row("one process, fp32, against transformers", 1, peer="plain"),
     Row("one process, bf16, against transformers", 1, "bf16", peer="plain"),
@@ -74,34 +82,47 @@ ROWS = (
     Row("dp 2, ZeRO-1, fp32, against DeepSpeed", 2, num_micro_batches=1, peer="deepspeed"),
     Row("dp 2, ZeRO-3, fp32, against DeepSpeed", 2, zero=3, num_micro_batches=1, peer="deepspeed"),
     Row("dp 2, ZeRO-3, bf16, against DeepSpeed", 2, "bf16", 3, 1, peer="deepspeed"),
-    Row("tp 2, ZeRO-1, fp32", 2, parallel=TP2),
-    Row("tp 2, ZeRO-3, fp32", 2, zero=3, parallel=TP2),
-    Row("pp 2, 4 micro batches, ZeRO-3, fp32", 2, zero=3, num_micro_batches=4, parallel=PP2),
-    Row("tp 2 x pp 2, ZeRO-3, fp32", 4, zero=3, num_micro_batches=4, parallel=f"{TP2} {PP2}"),
+    Row("tp 2, ZeRO-1, fp32, against picotron", 2, parallel=TP2, peer="picotron"),
+    Row("tp 2, ZeRO-3, fp32, against picotron", 2, zero=3, parallel=TP2, peer="picotron"),
+    PIPELINE("pp 2, 1f1b, ZeRO-3, fp32, against picotron", 2, parallel=PP2),
+    PIPELINE("pp 2, zb-h1, ZeRO-3, fp32, against picotron", 2, parallel=f"{PP2} {SCHEDULE}zb-h1"),
+    PIPELINE("pp 2, zbv, ZeRO-3, fp32, against picotron", 2, parallel=f"{PP2} {SCHEDULE}zbv"),
+    PIPELINE("tp 2 x pp 2, 1f1b, ZeRO-3, fp32, against picotron", 4, parallel=f"{TP2} {PP2}"),
+    PIPELINE("tp 2 x pp 2, zbv, ZeRO-3, fp32, against picotron", 4, parallel=f"{TP2} {PP2} {SCHEDULE}zbv"),
 )
 
 
 def measure() -> list[Measurement]:
-    """Each row in processes of its own."""
-    return [measurement for row in ROWS for measurement in measured(row)]
+    """Each row in processes of its own; without those in bf16 on a CPU that has no instructions for it."""
+    has_picotron = picotron_peer.checkout() is not None
+    rows = [row if has_picotron or row.peer != "picotron" else replace(row, peer=None) for row in ROWS]
+    rates = {precision: _product_rate(precision) for precision in PRODUCT}
+    if rates["bf16"] < rates["fp32"] / 2:
+        print(f"left out: bf16, at {rates['bf16'] / 1e9:.1f} GFLOP/s here", file=sys.stderr)
+        rows = [row for row in rows if row.precision != "bf16"]
+    return [measured(row) for row in rows]
 
 
-def measured(row: Row) -> list[Measurement]:
+def measured(row: Row) -> Measurement:
     """Shares of the ceiling, and where there is a peer the advantage over it, round by round."""
     rounds = in_world(row.world_size, partial(rounds_of, row))
     ceiling = sum(statistics.median(rank["ceiling"]) for rank in rounds)
     flops = flops_per_token(run_of(row).model, run_of(row).data.seq_length)
     work = SAMPLES * run_of(row).data.seq_length * flops
     # A step ends on all ranks together, but for the last instructions of each.
-    ours = [max(seconds) for seconds in zip(*(rank["ours"] for rank in rounds), strict=True)]
-    share = work / statistics.median(ours) / ceiling
+    seconds = {
+        name: [max(step) for step in zip(*(rank[name] for rank in rounds), strict=True)]
+        for name in rounds[0]
+        if name != "ceiling"
+    }
+    print(f"{row.name}: ceiling {ceiling / 1e9:.1f} GFLOP/s, seconds {seconds}", file=sys.stderr, flush=True)
+    share = {name: work / statistics.median(steps) / ceiling for name, steps in seconds.items()}
     if row.peer is None:
-        return [Measurement(row.name, "of the ceiling", share)]
-    theirs = [max(seconds) for seconds in zip(*(rank["theirs"] for rank in rounds), strict=True)]
-    advantages = [other / own for own, other in zip(ours, theirs, strict=True)]
-    low, _, high = statistics.quantiles(advantages, n=4)
-    peer = work / statistics.median(theirs) / ceiling
-    return [Measurement(row.name, "of the ceiling", share, peer, spread=(low, high))]
+        low, _, high = statistics.quantiles([work / step / ceiling for step in seconds["ours"]], n=4)
+    else:
+        advantages = [peer / own for own, peer in zip(seconds["ours"], seconds["theirs"], strict=True)]
+        low, _, high = statistics.quantiles(advantages, n=4)
+    return Measurement(row.name, "of the ceiling", share["ours"], share.get("theirs"), spread=(low, high))
 
 
 def run_of(row: Row) -> RunConfig:
@@ -118,7 +139,7 @@ def rounds_of(row: Row) -> dict[str, list[float]]:
     if row.peer is not None:
         bodies["theirs"] = peer_step(row, run)
     for body in bodies.values():
-        body(), body()
+        body()  # moments are born
     rounds: dict[str, list[float]] = {name: [] for name in [*bodies, "ceiling"]}
     for _ in range(ROUNDS):
         for name, body in bodies.items():
@@ -142,6 +163,8 @@ def peer_step(row: Row, run: RunConfig) -> Callable[[], float]:
     from benchmarks import peers
 
     batches = _batches(run, row, dist.get_rank() % row.dp_size)
+    if row.peer == "picotron":
+        return picotron_peer.picotron_step(run, batches, row.size("tp"), row.size("pp"))
     if row.peer == "deepspeed":
         return peers.deepspeed_step(run, row.deepspeed, batches)
     return peers.plain_step(run, row.precision, batches, CLIP, replicated=row.peer == "ddp")
@@ -161,11 +184,12 @@ def _seconds_of(body: Callable[[], Any]) -> float:
 
 
 def _product_rate(precision: str) -> float:
-    """FLOP/s of this rank's threads, while all ranks multiply."""
+    """FLOP/s of this rank's threads, while all ranks, if there are others, multiply."""
     size = PRODUCT[precision]
     left, right = (torch.randn(size, size).to(torch.bfloat16 if precision == "bf16" else torch.float32),) * 2
     torch.mm(left, right)
-    dist.barrier()
+    if dist.is_initialized():
+        dist.barrier()
     count, started = 0, time.perf_counter()
     while time.perf_counter() - started < 0.1:
         torch.mm(left, right)

@@ -1,3 +1,4 @@
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -63,3 +64,12 @@ def test_a_benchmark_whose_peer_is_not_installed_is_left_out(tmp_path, monkeypat
     assert run.main(["data_index", "--page", str(tmp_path / "page.md")]) == 0
     assert f"left out, {missing} is not installed" in capsys.readouterr().err
     assert not (tmp_path / "page.md").exists()
+
+
+def test_measurements_are_written_as_json_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.importlib, "import_module", lambda name: module("Alpha"))
+    page, file = tmp_path / "page.md", tmp_path / "found.json"
+    assert run.main(["data_index", "--page", str(page), "--json", str(file)]) == 0
+    found = json.loads(file.read_text())
+    assert [row["advantage"] for row in found["data_index"]] == [2, 0.5, None, 2, None]
+    assert found["data_index"][3]["spread"] == [1.9, 2.2] and "cores of" in found["machine"]
