@@ -4,7 +4,7 @@ each step, that is model FLOPs: 6 per matmul parameter and 12 x layers x hidden 
 token. Peers take turns with it, each with torch's fused AdamW: transformers' Llama in a plain loop on 2
 threads, in DDP, or in DeepSpeed's engine with the same settings, and picotron from a checkout
 (PICOTRON=FOLDER), which has no ZeRO, no clipping and no tied head. Weights of the plain loop are in bf16
-where it says bf16. Two processes, and four, have a thread in each.
+where it says bf16. Two processes, and four, have a thread in each. Brackets hold all three rounds.
 """
 
 import statistics
