@@ -32,13 +32,13 @@ def checkout() -> Path | None:
     """Where picotron is; None if nobody says.
 
     Raises:
-        FileNotFoundError: it is not there.
+        SystemExit: it is not there.
     """
     if not os.environ.get(VARIABLE):
         return None
     folder = Path(os.environ[VARIABLE])
     if not (folder / "picotron" / "model.py").is_file():
-        raise FileNotFoundError(f"{VARIABLE}={folder} holds no picotron/model.py")
+        raise SystemExit(f"error: {VARIABLE}={folder} holds no picotron/model.py: name the checkout's folder")
     return folder
 
 
