@@ -14,12 +14,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import NamedTuple
 
 import torch
 
-from benchmarks.measurement import Measurement
+from benchmarks.measurement import Measurement, middle_half
 from megalite.checkpoint.hf_config import hf_config
 from megalite.checkpoint.hf_folder import HFFolder
 from megalite.checkpoint.weights import model_parts
@@ -137,10 +137,9 @@ def in_turns(name: str, source: Path, target: Path, *command: str) -> list[Measu
     megabytes = sum(path.stat().st_size for path in source.iterdir()) / 1e6
     speeds = megabytes / median(cost.seconds for cost in costs), megabytes / median(copies)
     ratios = [copy / cost.seconds for copy, cost in zip(copies, costs, strict=True)]
-    low, _, high = quantiles(ratios, n=4)
     peak = max(cost.peak_bytes for cost in costs) / 1e6
     return [
-        Measurement(f"{name} of {megabytes:,.0f} MB", "MB/s", *speeds, spread=(low, high)),
+        Measurement(f"{name} of {megabytes:,.0f} MB", "MB/s", *speeds, spread=middle_half(ratios)),
         Measurement(f"{name}, peak memory", "MB", peak, None, higher_is_better=False),
     ]
 

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.measurement import Measurement, seconds_of_rounds
+from benchmarks.measurement import Measurement, middle_half, seconds_of_rounds
 from benchmarks.world import in_world
 from megalite.batch import Batch
 from megalite.config.data import DataConfig
@@ -84,7 +84,7 @@ def on_one_process() -> list[Measurement]:
         rows.append(_compared(f"{precision}, against a loop over experts", ours, loop))
         for part in (PRODUCTS, DISPATCH, ROUTER, OPTIMIZER):
             shares = [100 * parts[part] / whole for parts, whole in zip(clock.rounds, ours, strict=True)]
-            share, spread = statistics.median(shares), _middle(shares)
+            share, spread = statistics.median(shares), middle_half(shares)
             rows.append(Measurement(f"{precision}, {part}", "% of a step", share, spread=spread))
     return rows
 
@@ -207,10 +207,4 @@ def _compared(name: str, ours: Sequence[float], theirs: Sequence[float]) -> Meas
     """Tokens per second from the seconds of rounds in turns."""
     ratios = [theirs_seconds / seconds for seconds, theirs_seconds in zip(ours, theirs, strict=True)]
     our_speed, their_speed = (TOKENS / statistics.median(seconds) for seconds in (ours, theirs))
-    return Measurement(name, "tokens per CPU second", our_speed, their_speed, spread=_middle(ratios))
-
-
-def _middle(values: Sequence[float]) -> tuple[float, float]:
-    """Between which the middle half of the values lies."""
-    low, _, high = statistics.quantiles(values, n=4)
-    return low, high
+    return Measurement(name, "tokens per CPU second", our_speed, their_speed, spread=middle_half(ratios))

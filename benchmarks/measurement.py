@@ -3,7 +3,7 @@
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +47,12 @@ def seconds_of_rounds(
             body()
             seconds[name].append(clock() - started)
     return seconds
+
+
+def middle_half(values: Sequence[float]) -> tuple[float, float]:
+    """Between which the middle half of the values lies; of three, all of them."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return low, high
 
 
 def in_fresh_process(body: Callable[..., Any], *arguments: Any) -> Any:

@@ -52,7 +52,7 @@ def plain_step(
         for number, batch in enumerate(batches):
             if isinstance(wrapped, DistributedDataParallel):
                 wrapped.require_backward_grad_sync = number == len(batches) - 1
-            loss = _loss(wrapped, batch) / len(batches)
+            loss = token_loss(wrapped(batch.input_ids).logits, batch) / len(batches)
             loss.backward()
             total += loss.detach()
         nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -77,7 +77,7 @@ def deepspeed_step(
     def step() -> float:
         total = torch.zeros((), device=device)
         for batch in batches:
-            loss = _loss(engine, batch)
+            loss = token_loss(engine(batch.input_ids).logits, batch)
             engine.backward(loss)
             engine.step()
             total += loss.detach()
@@ -86,9 +86,9 @@ def deepspeed_step(
     return step
 
 
-def _loss(model: nn.Module, batch: Batch) -> torch.Tensor:
+def token_loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Mean over the labels; logits [b, s, vocabulary]."""
     assert batch.labels is not None
-    logits = model(batch.input_ids).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten())
 
 

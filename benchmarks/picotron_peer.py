@@ -11,10 +11,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.peers import Step, adamw
+from benchmarks.peers import Step, adamw, token_loss
 from megalite.batch import Batch
 from megalite.checkpoint.hf_config import hf_config
 from megalite.config.run import RunConfig
@@ -55,7 +54,8 @@ def picotron_step(run: RunConfig, batches: Sequence[Batch], tp_size: int, pp_siz
     pipeline = load("picotron.pipeline_parallel.pipeline_parallel")
     model = pipeline.PipelineParallel(model, shape) if pp_size > 1 else model
     optimizer = adamw(model, run.optimizer)
-    tensor_shape = (len(_tokens(batches[0])), run.data.seq_length, run.model.hidden_size)
+    assert batches[0].input_ids is not None
+    tensor_shape = (*batches[0].input_ids.shape, run.model.hidden_size)
 
     def step() -> float:
         if pp_size == 1:
@@ -80,14 +80,14 @@ class Loader:
 
     def __next__(self) -> dict[str, Any]:
         batch = next(self._batches)
-        return {"input_ids": batch.input_ids, "target_ids": batch.labels, "position_ids": batch.labels}
+        unread = batch.labels  # asked for, and not used by its layers
+        return {"input_ids": batch.input_ids, "target_ids": batch.labels, "position_ids": unread}
 
 
 def _accumulate(model: nn.Module, batches: Sequence[Batch]) -> float:
     total = 0.0
     for batch in batches:
-        assert batch.labels is not None
-        loss = F.cross_entropy(model(batch.input_ids).flatten(0, 1), batch.labels.flatten()) / len(batches)
+        loss = token_loss(model(batch.input_ids), batch) / len(batches)
         loss.backward()
         total += loss.item()
     return total
@@ -102,8 +102,3 @@ def _make_importable() -> None:
         module: Any = ModuleType(name)
         setattr(module, function, None)
         sys.modules[name] = module
-
-
-def _tokens(batch: Batch) -> torch.Tensor:
-    assert batch.input_ids is not None
-    return batch.input_ids

@@ -11,10 +11,10 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
-from benchmarks.measurement import Measurement
+from benchmarks.measurement import Measurement, middle_half
 from benchmarks.world import in_world
 
 TITLE = "Checkpoints of a run"
@@ -45,10 +45,10 @@ def measure() -> list[Measurement]:
         our_speed, plain_speed = (
             size_bytes / 1e6 / median(one[key] for one in rounds) for key in (ours, theirs)
         )
-        return Measurement(name, "MB/s", our_speed, plain_speed, spread=_middle(ratios))
+        return Measurement(name, "MB/s", our_speed, plain_speed, spread=middle_half(ratios))
 
     def alone(name: str, unit: str, values: list[float]) -> Measurement:
-        return Measurement(name, unit, median(values), higher_is_better=False, spread=_middle(values))
+        return Measurement(name, unit, median(values), higher_is_better=False, spread=middle_half(values))
 
     return [
         against_plain("save, training waits", "save", "write"),
@@ -149,8 +149,3 @@ def _read(path: Path) -> None:
         buffer = bytearray(WRITE_AT_ONCE_BYTES)
         while file.readinto(buffer):
             pass
-
-
-def _middle(values: list[float]) -> tuple[float, float]:
-    low, _, high = quantiles(values, n=4)
-    return low, high

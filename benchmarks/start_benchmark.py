@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.measurement import Measurement
+from benchmarks.measurement import Measurement, middle_half
 from megalite.data.indexed_writer import IndexedDatasetWriter
 
 TITLE = "Start: to the end of the first step"
@@ -51,13 +51,9 @@ def measure() -> list[Measurement]:
                     seconds[name].append(taken)
     print(f"{TITLE}: {seconds}", file=sys.stderr, flush=True)
     advantages = [theirs / own for own, theirs in zip(seconds["ours"], seconds["theirs"], strict=True)]
-    low, _, high = statistics.quantiles(advantages, n=4)
     own, theirs = (statistics.median(seconds[name]) for name in ("ours", "theirs"))
-    return [
-        Measurement(
-            "2 ranks, ZeRO-3, 16 samples", "s", own, theirs, higher_is_better=False, spread=(low, high)
-        )
-    ]
+    name, spread = "2 ranks, ZeRO-3, 16 samples", middle_half(advantages)
+    return [Measurement(name, "s", own, theirs, higher_is_better=False, spread=spread)]
 
 
 def seconds_to_first_step(script: list[str]) -> float:

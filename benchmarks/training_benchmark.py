@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import picotron_peer
-from benchmarks.measurement import Measurement
+from benchmarks.measurement import Measurement, middle_half
 from benchmarks.samples import random_samples
 from benchmarks.world import in_world
 from megalite.batch import Batch
@@ -118,11 +118,10 @@ def measured(row: Row) -> Measurement:
     print(f"{row.name}: ceiling {ceiling / 1e9:.1f} GFLOP/s, seconds {seconds}", file=sys.stderr, flush=True)
     share = {name: work / statistics.median(steps) / ceiling for name, steps in seconds.items()}
     if row.peer is None:
-        low, _, high = statistics.quantiles([work / step / ceiling for step in seconds["ours"]], n=4)
+        spread = middle_half([work / step / ceiling for step in seconds["ours"]])
     else:
-        advantages = [peer / own for own, peer in zip(seconds["ours"], seconds["theirs"], strict=True)]
-        low, _, high = statistics.quantiles(advantages, n=4)
-    return Measurement(row.name, "of the ceiling", share["ours"], share.get("theirs"), spread=(low, high))
+        spread = middle_half([peer / own for own, peer in zip(*seconds.values(), strict=True)])
+    return Measurement(row.name, "of the ceiling", share["ours"], share.get("theirs"), spread=spread)
 
 
 def run_of(row: Row) -> RunConfig:
