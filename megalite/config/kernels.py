@@ -26,6 +26,11 @@ class KernelConfig(Section):
         description="RMSNorm in few passes over memory (fastest on a CPU), torch's rms_norm, that of "
         "NVIDIA's apex, or on a GPU that of Liger Kernel.",
     )
+    products: Literal["auto", "torch", "onednn"] = Field(
+        "auto",
+        description="Matrix products of linear layers by torch, or in fp32 on a CPU by oneDNN, which on "
+        "AMD's is faster than what torch takes.",
+    )
     gating: Literal["auto", "torch", "liger"] = Field(
         "auto",
         description="silu(gate) * up as torch computes it, or on a GPU that of Liger Kernel, which keeps two "

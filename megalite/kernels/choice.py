@@ -15,6 +15,7 @@ from megalite.kernels.compiled import compiled_in_training, missing_compiler
 from megalite.kernels.gating import GATING_PACKAGES, GATINGS, Gating, gate_by_torch
 from megalite.kernels.norm import NORM_PACKAGES, NORMS, Norm, norm_by_torch, norm_of
 from megalite.kernels.package import Package
+from megalite.kernels.products import PRODUCTS, MatrixProducts, has_onednn, products_of
 from megalite.kernels.rotation import Rotation, rotate, rotate_by_formula
 
 AUTO = "auto"
@@ -31,6 +32,7 @@ class Kernels:
     Attributes:
         attention: (query, key, value, sight) to the output; see attention.py.
         norm: (x, weight, eps) to the RMSNorm; see norm.py.
+        products: the matrix products of linear layers; see products.py.
         rotation: (heads, cos, sin) to the heads turned; see rotation.py.
         gating: (gate, up) to silu(gate) * up; see gating.py.
         expert_gating: the same in routed experts, of which each step has other numbers of tokens.
@@ -40,11 +42,12 @@ class Kernels:
 
     attention: Attention = attend_by_sdpa
     norm: Norm = norm_by_torch
+    products: MatrixProducts = PRODUCTS["torch"]
     rotation: Rotation = rotate
     gating: Gating = gate_by_torch
     expert_gating: Gating = gate_by_torch
     adamw: AdamUpdate | None = None
-    names: str = "attention sdpa, norm torch, gating torch, adamw torch"
+    names: str = "attention sdpa, norm torch, products torch, gating torch, adamw torch"
 
 
 def choose_kernels(
@@ -52,6 +55,7 @@ def choose_kernels(
     norm: str,
     device: torch.device,
     *,
+    products: str = AUTO,
     gating: str = AUTO,
     adamw: str = AUTO,
     attention_kept_tokens: int | None = None,
@@ -69,15 +73,22 @@ def choose_kernels(
     compiled = {part for part, name in (("norm", norm), ("gating", gating)) if name == AUTO}
     attention = attention_of(device) if attention == AUTO else attention
     norm = norm_of(device) if norm == AUTO else norm
+    products = products_of(device) if products == AUTO else products
     gating, adamw = ("torch" if name == AUTO else name for name in (gating, adamw))
     _require("kernels.norm", norm, NORM_PACKAGES, device)
     _require("kernels.gating", gating, GATING_PACKAGES, device)
     _require("optimizer.implementation", adamw, ADAMW_PACKAGES, device)
-    names = f"attention {attention}, norm {norm}, gating {gating}, adamw {adamw}"
+    if products == "onednn" and not (device.type == "cpu" and has_onednn()):
+        raise KernelError(
+            f"kernels.products onednn needs a CPU and a torch with oneDNN, and this run is on "
+            f"a {device.type}: set kernels.products=torch"
+        )
+    names = f"attention {attention}, norm {norm}, products {products}, gating {gating}, adamw {adamw}"
     attend = _attention(attention, device, attention_kept_tokens)
     kernels = Kernels(
         attend,
         NORMS[norm],
+        products=PRODUCTS[products],
         gating=GATINGS[gating],
         expert_gating=GATINGS[gating],
         adamw=ADAMW[adamw],

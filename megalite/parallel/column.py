@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megalite.kernels.products import MatrixProducts
 from megalite.parallel.context import Group
 from megalite.parallel.mappings import (
     Gathering,
@@ -19,7 +20,6 @@ from megalite.parallel.mappings import (
     wait_for,
 )
 from megalite.parallel.plan import LayerPlan
-from megalite.parallel.products import MatrixProducts
 from megalite.parallel.shard import spec_of
 
 

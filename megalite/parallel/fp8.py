@@ -32,8 +32,8 @@ import torch
 import torch.distributed as dist
 
 from megalite.error import UserError
+from megalite.kernels.products import MatrixProducts, Product, weight_gradient
 from megalite.parallel.context import Group, group_size
-from megalite.parallel.products import MatrixProducts, Product, weight_gradient
 
 MULTIPLE = 16  # of sizes that torch._scaled_mm takes: of what is summed over, and of the second factor's rows
 CAPABILITY = (8, 9)  # of NVIDIA's first GPUs with such products

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 from megalite.kernels.choice import Kernels
+from megalite.kernels.products import MatrixProducts
 from megalite.parallel.context import Group, ParallelContext
 from megalite.parallel.deferred import DeferredGradients
 from megalite.parallel.fp8 import Cuts, Recipe, rounded_products
 from megalite.parallel.mappings import copy_to_tp
-from megalite.parallel.products import MatrixProducts
 from megalite.parallel.shard import Initializer, spec_of
 
 
@@ -39,9 +39,8 @@ class LayerPlan:
         init: draws the full initial weights. By default torch's generator does, as in torch.nn, which must
             have the same seed on all ranks of a tensor-parallel group.
         dtype: of the parameters; by default torch's.
-        products: the matrix products of linear layers.
         fp8: how those of layers are rounded that are neither head nor adapter; None for not.
-        kernels: what computes attention, norms and gates.
+        kernels: what computes matrix products, attention, norms and gates.
         lora: the adapters that layers have, beside weights which then do not learn; None for none.
         tile_tokens: of a feed-forward layer at a time, on a rank; 0 for all at once.
         deferred: where backward leaves the gradients of linear layers' weights; None computes them in it.
@@ -51,7 +50,6 @@ class LayerPlan:
     sequence_parallel: bool = False
     init: Initializer | None = None
     dtype: torch.dtype | None = None
-    products: MatrixProducts = field(default_factory=MatrixProducts)
     fp8: Recipe | None = None
     kernels: Kernels = field(default_factory=Kernels)
     lora: Lora | None = None
@@ -66,6 +64,11 @@ class LayerPlan:
     def tp_group(self) -> Group:
         """The tensor-parallel group."""
         return self.context["tp"].group
+
+    @property
+    def products(self) -> MatrixProducts:
+        """The matrix products that are not rounded."""
+        return self.kernels.products
 
     def products_of(self, *, inputs_over: Group = None, outputs_over: Group = None) -> MatrixProducts:
         """The products of a linear layer whose input or output features are cut over ranks."""

@@ -13,6 +13,7 @@ from megalite.kernels.attention import ATTENTIONS, attend_by_sdpa
 from megalite.kernels.choice import KernelError, Kernels, choose_kernels
 from megalite.kernels.gating import GATINGS
 from megalite.kernels.norm import NORM_PACKAGES, NORMS, norm_by_rows
+from megalite.kernels.products import PRODUCTS
 from megalite.kernels.rotation import rotate
 from megalite.kernels.sight import Sight
 
@@ -83,19 +84,23 @@ def test_heads_turn_in_pairs_half_a_head_apart():
 
 
 def test_the_configuration_names_every_kernel():
-    fields = [KernelConfig.model_fields[name] for name in ("attention", "norm", "gating")]
+    fields = [KernelConfig.model_fields[name] for name in ("attention", "norm", "products", "gating")]
     fields.append(OptimizerConfig.model_fields["implementation"])
-    for field, table in zip(fields, (ATTENTIONS, NORMS, GATINGS, ADAMW), strict=True):
+    for field, table in zip(fields, (ATTENTIONS, NORMS, PRODUCTS, GATINGS, ADAMW), strict=True):
         assert set(typing.get_args(field.annotation)) == {"auto", *table}
 
 
 def test_auto_is_told_by_the_name_of_what_it_picks():
-    of_torch = "gating torch, adamw torch"
-    assert choose_kernels("auto", "auto", CPU).names == f"attention blocks, norm rows, {of_torch}"
+    of_torch = "products torch, gating torch, adamw torch"
+    assert (
+        choose_kernels("auto", "auto", CPU, products="torch").names
+        == f"attention blocks, norm rows, {of_torch}"
+    )
     gpu = torch.device("cuda")
     assert choose_kernels("auto", "auto", gpu).names == f"attention flex, norm torch, {of_torch}"
-    assert choose_kernels("sdpa", "torch", CPU).names == f"attention sdpa, norm torch, {of_torch}"
-    assert choose_kernels("sdpa", "torch", CPU).names == Kernels().names
+    plainest = choose_kernels("sdpa", "torch", CPU, products="torch")
+    assert plainest.names == f"attention sdpa, norm torch, {of_torch}" == Kernels().names
+    assert plainest == Kernels()
 
 
 def test_a_kernel_that_cannot_train_here_is_refused():

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from megalite.config.model import ModelConfig
+from megalite.kernels.products import MatrixProducts
 from megalite.model.attention import ParallelAttention, kv_copies
 from megalite.model.mlp import ParallelMLP
 from megalite.model.rope import RotaryEmbedding
@@ -36,7 +37,6 @@ from megalite.parallel.mappings import (
 )
 from megalite.parallel.norm import ParallelRMSNorm
 from megalite.parallel.plan import LayerPlan
-from megalite.parallel.products import MatrixProducts
 from megalite.parallel.shard import normal_initializer, sharded_parameter
 from megalite.parallel.topology import Topology
 from tests.harness import run_distributed
@@ -247,7 +247,8 @@ def head_computes_no_gradient_that_is_not_wanted(group):
     head, labels = head_of(group, False), head_labels()
     count, products = Counter(), head.plan.products
     counted = {name: _counted(name, getattr(products, name), count) for name in vars(products)}
-    head.plan = replace(head.plan, products=MatrixProducts(**counted))
+    kernels = replace(head.plan.kernels, products=MatrixProducts(**counted))
+    head.plan = replace(head.plan, kernels=kernels)
     x = full("x", S, B, H)
     with torch.no_grad():
         for reduction in ("sum", "none"):
@@ -422,7 +423,7 @@ def communication_is_under_way_while_products_are_computed(group):
         return
     for plan in with_and_without_deferring(plan_of(group, sequence_parallel=True)):
         log, deferred = Logged(), plan.deferred
-        plan = replace(plan, products=log.products())
+        plan = replace(plan, kernels=replace(plan.kernels, products=log.products()))
         layers = [kind(*sizes, plan) for kind, *sizes in PAIR * 2]
         with (
             patch.object(mappings, "_all_gather", log.collective(mappings._all_gather, "gather")),

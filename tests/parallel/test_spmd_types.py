@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from megalite.batch import Batch
 from megalite.config.model import ModelConfig
 from megalite.kernels.choice import Kernels
+from megalite.kernels.products import MatrixProducts
 from megalite.kernels.rotation import rotate_by_formula
 from megalite.model.llama import LlamaStage
 from megalite.model.rope import RotaryEmbedding
@@ -39,7 +40,6 @@ from megalite.parallel.embedding import VocabParallelEmbedding
 from megalite.parallel.linear import Column, ColumnParallelLinear, MergedColumnLinear, RowParallelLinear
 from megalite.parallel.norm import ParallelRMSNorm
 from megalite.parallel.plan import LayerPlan
-from megalite.parallel.products import MatrixProducts
 from megalite.parallel.shard import spec_of
 from megalite.parallel.topology import Topology
 
@@ -72,8 +72,9 @@ class World:
         context = ParallelContext(topology, 0, torch.device("cpu"), groups)
         self.pp, self.dp, self.tp = groups.values()
         products = MatrixProducts(self._output, self._input_gradient, self._weight_gradient)
-        kernels = Kernels(rotation=rotate_by_formula)  # whose autograd function has no types
-        self.plan = LayerPlan(context, sequence_parallel, products=products, kernels=kernels)
+        # The autograd function of a rotation has no types.
+        kernels = Kernels(rotation=rotate_by_formula, products=products)
+        self.plan = LayerPlan(context, sequence_parallel, kernels=kernels)
         self.residual = V if sequence_parallel else I
 
     def typed(self, x, *, tp, dp=V, pp=V):
