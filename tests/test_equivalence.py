@@ -40,6 +40,9 @@ CASES = [
     Case(pp=2, zero=0, tied=True),
     Case(pp=2, zero=3, tied=True, gathering="micro_batch"),
     *(Case(pp=4, zero=zero, tied=True) for zero in (1, 2, 3)),
+    Case(pp=2, zero=2, layers=(3, 1)),
+    Case(pp=2, tied=True, layers=(1, 3), gathering="micro_batch"),
+    Case(tp=2, pp=2, zero=1, layers=(3, 1), schedule="afab", recompute="full"),
     Case(pp=4, schedule="afab", recompute="full"),
     Case(pp=4, gathering="micro_batch"),
     *(Case(dp=2, zero=zero, tied=zero == 3) for zero in (0, 1, 2, 3)),
@@ -82,6 +85,9 @@ CHUNK_CASES = [
     Case(
         tp=2, pp=2, zero=1, schedule=V, tied=True, weight_input="keep", documents=True, recompute="selective"
     ),
+    Case(tp=2, pp=2, schedule=V, tied=True, model_kind="deep", layers=(2, 3, 2, 1)),
+    Case(tp=2, pp=2, zero=1, schedule=L, tied=True, model_kind="deep", layers=(1, 2, 4, 1)),
+    Case(pp=4, schedule=H, zero=2, tied=True, model_kind="deep", layers=(2, 3, 2, 1)),
     Case(pp=4, schedule=V, tied=True, model_kind="deep"),  # with fewer micro batches than fill the V
 ]
 E = "experts"
@@ -102,6 +108,7 @@ EXPERT_CASES = [
     Case(tp=2, dp=2, ep=2, sp=False, model_kind=E),
     Case(tp=2, dp=2, ep=2, recompute="full", documents=True, model_kind=E),
     Case(pp=2, dp=2, ep=2, tied=True, model_kind=E),
+    Case(pp=2, dp=2, ep=2, layers=(1, 3), model_kind=E),  # the first stage has no experts
     Case(pp=2, dp=2, ep=2, schedule="afab", gathering="micro_batch", model_kind=E),
     Case(tp=2, pp=2, model_kind=E),
     Case(tp=2, pp=2, zero=1, model_kind=E, tile=8),

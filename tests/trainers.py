@@ -90,6 +90,7 @@ class Case:
     way: str = "gather"  # of cp
     schedule: str = "1f1b"
     chunks: int | None = None
+    layers: tuple[int, ...] | None = None  # of each stage
     weight_input: str = "gather"
     tied: bool = False
     recompute: str = "none"
@@ -134,6 +135,7 @@ def run_config(case: Case, optimizer: OptimizerConfig = ADAM, **sections: Any) -
         sequence_parallel=case.sp,
         pipeline_schedule=case.schedule,
         num_chunks=case.chunks,
+        layers_per_stage=case.layers and list(case.layers),
         weight_gradient_input=case.weight_input,
         parameter_gathering=case.gathering,
         recompute=case.recompute,

@@ -35,6 +35,12 @@ class ParallelConfig(Section):
         None,
         description="Chunks of layers per rank; null means 2 for interleaved and zbv, 1 for others.",
     )
+    layers_per_stage: list[PositiveInt] | None = Field(
+        None,
+        min_length=1,
+        description="Layers of each stage, of all pp_size x num_chunks in their order, such as fewer for the "
+        "last, which has the head; null cuts them evenly.",
+    )
     weight_gradient_input: Literal["gather", "keep"] = Field(
         "gather",
         description="Split backward, sequence parallelism: inputs that were gathered over tp are gathered "

@@ -1,11 +1,17 @@
 """Which layers live on which pipeline stage (pure arithmetic)."""
 
+from collections.abc import Sequence
 
-def layers_of_stage(num_layers: int, num_stages: int, stage: int) -> range:
-    """The contiguous layers of one stage; stages differ by at most one layer.
+
+def layers_of_stage(
+    num_layers: int, num_stages: int, stage: int, *, sizes: Sequence[int] | None = None
+) -> range:
+    """The contiguous layers of one stage; stages differ by at most one layer, unless their sizes are given.
 
     Layers that do not divide evenly go one each to the stages that hold neither embedding nor head, the
     earliest first; then to the first stage, since the embedding is a lookup and the head a matrix product.
+
+    sizes: layers of each stage, in their order, which add up to num_layers.
 
     Raises ValueError if there are fewer layers than stages, or if the stage does not exist.
     """
@@ -16,7 +22,12 @@ def layers_of_stage(num_layers: int, num_stages: int, stage: int) -> range:
             f"{num_layers} layers cannot fill {num_stages} pipeline stages: "
             f"set parallel.pp_size to at most {num_layers} or add layers"
         )
+    sizes = sizes or _even_sizes(num_layers, num_stages)
+    start = sum(sizes[:stage])
+    return range(start, start + sizes[stage])
+
+
+def _even_sizes(num_layers: int, num_stages: int) -> list[int]:
     smallest, remainder = divmod(num_layers, num_stages)
     favoured = [*range(1, num_stages - 1), 0][:remainder]
-    start = stage * smallest + sum(other < stage for other in favoured)
-    return range(start, start + smallest + (stage in favoured))
+    return [smallest + (stage in favoured) for stage in range(num_stages)]

@@ -109,22 +109,34 @@ def stages_of(run: RunConfig) -> Placement:
 
 
 def check_stages(run: RunConfig) -> None:
-    """Raise ScheduleError for chunks that a schedule does not have, ConfigError where they have no layers."""
+    """Raise ScheduleError for chunks that a schedule does not have, ConfigError for unfit layers."""
     name, layers, placement = run.parallel.pipeline_schedule, run.model.num_hidden_layers, stages_of(run)
     if layers < placement.num_stages:
         raise ConfigError(
             f"parallel.pp_size {placement.num_ranks} x {placement.num_chunks} chunks of pipeline_schedule "
             f"{name} exceeds model.num_hidden_layers {layers}: use at most {layers} in all"
         )
+    sizes = run.parallel.layers_per_stage
+    if sizes is not None and len(sizes) != placement.num_stages:
+        raise ConfigError(
+            f"parallel.layers_per_stage has {len(sizes)} numbers, and pp_size {placement.num_ranks} x "
+            f"{placement.num_chunks} chunks of pipeline_schedule {name} are "
+            f"{placement.num_stages} stages: give one number for each"
+        )
+    if sizes is not None and sum(sizes) != layers:
+        raise ConfigError(
+            f"parallel.layers_per_stage adds up to {sum(sizes)}, and model.num_hidden_layers is {layers}: "
+            "share out all layers"
+        )
 
 
 def shares_of_rank(run: RunConfig, placement: Placement, rank: int) -> list[StageShare]:
     """What the chunks of a rank of the pipeline hold of the model."""
-    last = placement.num_stages - 1
+    layers, sizes, last = run.model.num_hidden_layers, run.parallel.layers_per_stage, placement.num_stages - 1
     stages = [placement.stage(rank, chunk) for chunk in range(placement.num_chunks)]
     return [
         StageShare(
-            layers_of_stage(run.model.num_hidden_layers, placement.num_stages, stage),
+            layers_of_stage(layers, placement.num_stages, stage, sizes=sizes),
             has_embedding=stage == 0,
             has_head=stage == last,
             has_other_end=last > 0 and {0, last} <= set(stages) and stage in (0, last),

@@ -193,7 +193,7 @@ def _schedules(run: RunConfig, pp_size: int) -> Iterator[tuple[str, int]]:
 
 
 def _with_grid(job: Job, grid: Grid) -> Job:
-    parallel = job.run.parallel.model_copy(update=grid._asdict())
+    parallel = job.run.parallel.model_copy(update=grid._asdict() | {"layers_per_stage": None})
     return replace(job, run=job.run.model_copy(update={"parallel": parallel}))
 
 

@@ -123,8 +123,8 @@ def test_ranks_that_see_unlike_members_of_a_group_are_named():
 def test_a_stage_without_layers_is_named(monkeypatch):
     layers_of_stage = layout_module.layers_of_stage
 
-    def layers(num_layers, num_stages, stage):
-        given = layers_of_stage(num_layers, num_stages, stage)
+    def layers(num_layers, num_stages, stage, **options):
+        given = layers_of_stage(num_layers, num_stages, stage, **options)
         return range(0) if stage == 2 else given
 
     monkeypatch.setattr(layout_module, "layers_of_stage", layers)

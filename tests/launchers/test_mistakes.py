@@ -71,6 +71,17 @@ def rank_0_of(world_size: int) -> dict[str, str]:
             ["parallel.pp_size=3", "parallel.pipeline_schedule=zbv"],
             ["pp_size 3 x 2 chunks of pipeline_schedule zbv exceeds model.num_hidden_layers 4", "at most 4"],
         ),
+        (
+            2,
+            ["parallel.pp_size=2", "parallel.layers_per_stage=[1,2,1]"],
+            ["layers_per_stage has 3 numbers", "pp_size 2 x 1 chunks", "are 2 stages: give one number"],
+        ),
+        (
+            2,
+            ["parallel.pp_size=2", "parallel.layers_per_stage=[3,2]"],
+            ["layers_per_stage adds up to 5", "num_hidden_layers is 4: share out all"],
+        ),
+        (2, ["parallel.pp_size=2", "parallel.layers_per_stage=[4,0]"], ["layers_per_stage", "0"]),
         (2, ["parallel.pp_size=2", "parallel.num_chunks=2"], ["num_chunks is 2", "1f1b has 1: set"]),
         (
             2,

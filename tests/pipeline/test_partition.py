@@ -36,6 +36,11 @@ def test_four_stages_written_out_by_hand(num_layers, sizes):
     assert [len(layers_of_stage(num_layers, 4, stage)) for stage in range(4)] == sizes
 
 
+def test_sizes_that_are_given_are_taken_in_their_order():
+    stages = [layers_of_stage(12, 4, stage, sizes=[1, 6, 2, 3]) for stage in range(4)]
+    assert stages == [range(1), range(1, 7), range(7, 9), range(9, 12)]
+
+
 def test_fewer_layers_than_stages_is_refused_with_both_numbers():
     with pytest.raises(ValueError, match=r"3 layers .* 4 pipeline stages.*parallel\.pp_size"):
         layers_of_stage(3, 4, 0)

@@ -18,7 +18,7 @@ LAYOUTS = [
     Case(dp=2, zero=2),
     Case(tp=4, zero=1),  # more ranks than key heads
     Case(tp=2, dp=2, zero=3),
-    Case(pp=2, dp=2, zero=3),
+    Case(pp=2, dp=2, zero=3, layers=(1, 3)),
     Case(tp=2, pp=2, zero=0),
     Case(cp=2, dp=2, zero=3, way="ring"),
 ]

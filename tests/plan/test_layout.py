@@ -1,0 +1,29 @@
+"""Which part of a model each rank of a pipeline holds."""
+
+import pytest
+
+from megalite.plan.layout import shares_of_rank, stages_of
+from tests.trainers import Case, run_config
+
+
+@pytest.mark.parametrize(
+    ("case", "held"),
+    [
+        (Case(pp=2), [[range(2)], [range(2, 4)]]),
+        (Case(pp=2, layers=(1, 3)), [[range(1)], [range(1, 4)]]),
+        (
+            Case(pp=2, schedule="zbv", model_kind="deep", layers=(1, 4, 2, 1)),
+            [[range(1), range(7, 8)], [range(1, 5), range(5, 7)]],
+        ),
+        (
+            Case(pp=2, schedule="interleaved", model_kind="deep", layers=(1, 4, 2, 1)),
+            [[range(1), range(5, 7)], [range(1, 5), range(7, 8)]],
+        ),
+    ],
+    ids=str,
+)
+def test_ranks_hold_the_layers_of_their_stages(case, held):
+    run = run_config(case)
+    placement = stages_of(run)
+    shares = [shares_of_rank(run, placement, rank) for rank in range(2)]
+    assert [[share.layers for share in of_rank] for of_rank in shares] == held
