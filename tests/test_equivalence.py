@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.config.optimizer import OptimizerConfig
+from megalite.kernels.products import has_onednn
 from megalite.parallel.shard import spec_of
 from megalite.training.engine import initialize_communication
 from megalite.training.trainer import StageTrainer
@@ -28,6 +29,7 @@ from tests.trace import describe_departure
 from tests.trainers import BIAS_RATE, SEED, Case, build_trainer, global_batch_of, micro_batches
 
 NUM_STEPS, FEW_STEPS = 10, 4
+ONEDNN = ["onednn"] if has_onednn() else []
 HOLDS_GRADIENTS = OptimizerConfig(beta1=0.0, beta2=0.0, weight_decay=0.0)  # exp_avg is the gradient
 
 CASES = [
@@ -41,6 +43,7 @@ CASES = [
     Case(pp=2, zero=3, tied=True, gathering="micro_batch"),
     *(Case(pp=4, zero=zero, tied=True) for zero in (1, 2, 3)),
     Case(pp=2, zero=2, layers=(3, 1)),
+    *(Case(tp=2, zero=3, products=name) for name in ("torch", *ONEDNN)),  # auto is one of them
     Case(pp=2, tied=True, layers=(1, 3), gathering="micro_batch"),
     Case(tp=2, pp=2, zero=1, layers=(3, 1), schedule="afab", recompute="full"),
     Case(pp=4, schedule="afab", recompute="full"),
@@ -77,6 +80,7 @@ CHUNK_CASES = [
     Case(tp=2, pp=2, schedule=H, weight_input="keep", recompute="full"),
     Case(tp=2, pp=2, zero=2, sp=False, schedule=H, uneven=True),
     Case(tp=2, pp=2, schedule=H, tile=8),
+    *(Case(tp=2, pp=2, zero=1, schedule=H, tied=True, products=name) for name in ONEDNN),
     Case(pp=2, zero=1, schedule=V, tied=True, tile=8, recompute="full"),
     Case(tp=4, schedule=H, recompute="selective"),  # one stage; gradients of copies are summed later too
     Case(pp=4, schedule=H, tied=True),

@@ -92,6 +92,7 @@ class Case:
     chunks: int | None = None
     layers: tuple[int, ...] | None = None  # of each stage
     weight_input: str = "gather"
+    products: str = "auto"  # what computes them in linear layers
     tied: bool = False
     recompute: str = "none"
     offload: bool = False
@@ -146,7 +147,7 @@ def run_config(case: Case, optimizer: OptimizerConfig = ADAM, **sections: Any) -
     balancing = BalancingConfig(rule=case.rule, update_rate=BIAS_RATE)
     facts = {"model": case.model, "parallel": parallel, "data": data, "optimizer": optimizer, "seed": SEED}
     facts |= {"balancing": balancing, "fp8": Fp8Config(recipe=case.fp8)}
-    facts |= {"kernels": KernelConfig(compile_blocks=case.compiled)}
+    facts |= {"kernels": KernelConfig(compile_blocks=case.compiled, products=case.products)}
     return RunConfig(**facts | sections)
 
 

@@ -12,10 +12,10 @@ class OptimizerConfig(Section):
     """AdamW with decoupled weight decay (arXiv 1711.05101), or Muon for matrices and AdamW for the rest."""
 
     name: Literal["adamw", "muon"] = Field("adamw", description="Optimizer.")
-    implementation: Literal["auto", "torch", "apex"] = Field(
+    implementation: Literal["auto", "torch", "apex", "deepspeed"] = Field(
         "auto",
-        description="What computes AdamW's update, also that beside Muon: torch's fused one, or on a GPU "
-        "the one of NVIDIA's apex. Checkpoints are the same.",
+        description="What computes AdamW's update, also that beside Muon: torch's fused one, on a GPU "
+        "that of NVIDIA's apex, or DeepSpeed's, compiled at its first use. Checkpoints are the same.",
     )
     learning_rate: PositiveFloat = Field(1e-3, description="Highest learning rate, reached after warm-up.")
     beta1: float = Field(0.9, ge=0, lt=1, description="Decay of the gradient's running mean, per step.")

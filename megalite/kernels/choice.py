@@ -14,7 +14,7 @@ from megalite.kernels.blocks import attend_in_blocks
 from megalite.kernels.compiled import compiled_in_training, missing_compiler
 from megalite.kernels.gating import GATING_PACKAGES, GATINGS, Gating, gate_by_torch
 from megalite.kernels.norm import NORM_PACKAGES, NORMS, Norm, norm_by_torch, norm_of
-from megalite.kernels.package import Package
+from megalite.kernels.package import Source
 from megalite.kernels.products import PRODUCTS, MatrixProducts, has_onednn, products_of
 from megalite.kernels.rotation import Rotation, rotate, rotate_by_formula
 
@@ -130,7 +130,7 @@ def _attention(name: str, device: torch.device, kept_tokens: int | None) -> Atte
     return partial(attend_in_blocks, kept_tokens=kept_tokens)
 
 
-def _require(setting: str, name: str, packages: Mapping[str, Package], device: torch.device) -> None:
+def _require(setting: str, name: str, packages: Mapping[str, Source], device: torch.device) -> None:
     """Raise KernelError where a kernel is of a package that is not here, or not for the device."""
     package = packages.get(name)
     refusal = package.refusal(setting, name, device) if package else None

@@ -3,8 +3,16 @@
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
+from typing import Protocol
 
 import torch
+
+
+class Source(Protocol):
+    """Where a kernel of others comes from."""
+
+    def refusal(self, setting: str, value: str, device: torch.device) -> str | None:
+        """The line that refuses a value of a setting on a device; None where it computes there."""
 
 
 @dataclass(frozen=True)

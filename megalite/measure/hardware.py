@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from megalite.kernels.products import PRODUCTS, Product, products_of
+
 # Dense matrix products, without structured sparsity (data sheets often print twice that), in TFLOP/s. "half"
 # is both bf16 and fp16 with fp32 sums. The first name that is a word of the device's name counts.
 # Sources: NVIDIA data sheets of V100, T4, A100, A30, A40, A10, A10G, L4, L40, L40S, H100, H200, H20, GH200,
@@ -98,21 +100,22 @@ def _measure(device: torch.device, dtype: torch.dtype) -> PeakSpeed:
 
 
 def _measured_speeds(device: torch.device, dtype: torch.dtype) -> Iterator[float]:
-    """The best speed at each size, in FLOP/s."""
+    """The best speed at each size, in FLOP/s, of the product that linear layers take by default."""
+    multiply = PRODUCTS[products_of(device)].output
     for size in MEASURE_SIZES:
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         seconds: list[float] = []
         give_up_at = time.perf_counter() + MEASURE_SECONDS
         while not seconds or time.perf_counter() < give_up_at:
-            seconds.append(_timed_product(left, right))
+            seconds.append(_timed_product(multiply, left, right))
         yield 2 * size**3 / min(seconds)
         if 8 * min(seconds) > MEASURE_SECONDS:
             return
 
 
-def _timed_product(left: torch.Tensor, right: torch.Tensor) -> float:
+def _timed_product(multiply: Product, left: torch.Tensor, right: torch.Tensor) -> float:
     started = time.perf_counter()
-    torch.mm(left, right)
+    multiply(left, right)
     if left.is_cuda:
         torch.cuda.synchronize(left.device)
     return time.perf_counter() - started

@@ -151,6 +151,8 @@ def model_state_bytes_per_rank(
 def parameters_of_fullest_stage(config: ModelConfig, tp_size: int = 1, pp_size: int = 1) -> int:
     """Upper bound of the numbers on one rank before ZeRO: ceil(L/p) layers, the largest, head and last norm.
 
+    It is one where layers are cut evenly.
+
     Experts are counted as on one rank: spread over ep, ZeRO-3 cuts them into as many pieces in all.
     """
     tables = 2 if pp_size == 1 and not config.tie_word_embeddings else 1

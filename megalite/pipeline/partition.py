@@ -13,7 +13,8 @@ def layers_of_stage(
 
     sizes: layers of each stage, in their order, which add up to num_layers.
 
-    Raises ValueError if there are fewer layers than stages, or if the stage does not exist.
+    Raises ValueError if there are fewer layers than stages, if the stage does not exist, or if the
+    sizes are of other stages or layers.
     """
     if not 0 <= stage < num_stages:
         raise ValueError(f"stage {stage} does not exist in a pipeline of {num_stages}: stages count from 0")
@@ -22,7 +23,13 @@ def layers_of_stage(
             f"{num_layers} layers cannot fill {num_stages} pipeline stages: "
             f"set parallel.pp_size to at most {num_layers} or add layers"
         )
-    sizes = sizes or _even_sizes(num_layers, num_stages)
+    if sizes is None:
+        sizes = _even_sizes(num_layers, num_stages)
+    if len(sizes) != num_stages or sum(sizes) != num_layers:
+        raise ValueError(
+            f"layers per stage {list(sizes)} are {len(sizes)} stages and {sum(sizes)} layers: expected "
+            f"{num_stages} and {num_layers}"
+        )
     start = sum(sizes[:stage])
     return range(start, start + sizes[stage])
 

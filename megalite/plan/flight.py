@@ -14,6 +14,7 @@ from megalite.plan.activations import (
     recomputed_bytes,
 )
 from megalite.plan.layout import RankLayout
+from megalite.plan.stage import rank_size
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ def fullest_moment(
 ) -> Fullest:
     """By the order of a rank's actions.
 
-    gradients: bytes that the first backwards of a step make, each chunk as much; they stay to its end. There
-    are none yet when all forwards have kept the most.
+    gradients: bytes that the first backwards of a step make, each chunk by what is trained of it; they stay
+    to its end. There are none yet when all forwards have kept the most.
     reduction: what reducing them takes: within backwards, or at ZeRO-0 after the last of them.
     """
     in_the_end = layout.deepspeed.zero_stage == 0
@@ -82,16 +83,21 @@ def fullest_moment(
         layout.placement.num_chunks,
     )
     orders, _ = orders_of(*sizes)
+    trained = [rank_size(layout.run, [share]).trained for share in layout.shares]
     held, made, most = 0, set[int](), Fullest(0, 0, 0)
+
+    def of_made() -> int:
+        return gradients * sum(trained[chunk] for chunk in made) // max(1, sum(trained))
+
     for action in orders[layout.topology.place(layout.rank, "pp")]:
         chunk = chunks[action.chunk]
         held += chunk.kept if isinstance(action, Forward) else 0
         backward = max(chunk.backward, 0 if in_the_end else reduction)
         working = chunk.forward if isinstance(action, Forward) else backward
-        before = Fullest(held, working, gradients * len(made) // len(chunks))
+        before = Fullest(held, working, of_made())
         held -= _freed(action, chunk)
         made |= {action.chunk} if isinstance(action, Backward | BackwardWeight) else set()
-        after = Fullest(held, working, gradients * len(made) // len(chunks))
+        after = Fullest(held, working, of_made())
         most = max(most, before, after, key=sum)
     return max(most, Fullest(held, reduction, gradients), key=sum)
 

@@ -1,12 +1,12 @@
 """AdamW by a kernel of others in whole engines: ZeRO hands it other tensors at each stage, in other calls.
 
-The kernel is a stand-in that computes by the formula, see tests/foreign_kernels.py.
+apex's is a stand-in that computes by the formula, see tests/foreign_kernels.py; DeepSpeed's is itself.
 """
 
 import pytest
 import torch
 
-from megalite.kernels.adamw import update_by_apex
+from megalite.kernels.adamw import ADAMW, ADAMW_PACKAGES
 from megalite.kernels.choice import Kernels
 from megalite.training.checkpoints import live_pieces
 from megalite.training.engine import initialize_communication
@@ -38,16 +38,27 @@ def train(rank, case, kernels):
     return losses, pieces, counts
 
 
+@pytest.mark.parametrize("name", ["apex", "deepspeed"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_losses_and_what_is_saved_are_those_of_torch(case, monkeypatch):
-    stand_in_for_apexs_adam(monkeypatch)
-    ours = run_distributed(train, case.world_size, case, Kernels(adamw=update_by_apex))
+def test_losses_and_what_is_saved_are_those_of_torch(case, name, monkeypatch):
+    if name == "apex":
+        stand_in_for_apexs_adam(monkeypatch)
+    elif refusal := ADAMW_PACKAGES[name].refusal("optimizer.implementation", name, torch.device("cpu")):
+        pytest.skip(refusal)
+    # DeepSpeed rounds otherwise than torch: some of bf16's weights round the other way after the first step,
+    # and Adam's second makes much of small gradients: that moves a few numbers in a thousand.
+    flips = name == "deepspeed" and case.precision == "bf16"
+    ours = run_distributed(train, case.world_size, case, Kernels(adamw=ADAMW[name]))
     theirs = run_distributed(train, case.world_size, case, Kernels())
     for (losses, pieces, counts), (their_losses, their_pieces, their_counts) in zip(
         ours, theirs, strict=True
     ):
-        assert losses == pytest.approx(their_losses, rel=1e-6)
+        assert losses == pytest.approx(their_losses, rel=1e-5 if flips else 1e-6)
         assert counts == their_counts == {NUM_STEPS}
         assert pieces.keys() == their_pieces.keys()
         for key, piece in pieces.items():
-            torch.testing.assert_close(piece, their_pieces[key], rtol=1e-5, atol=1e-6)
+            expected = their_pieces[key]
+            if flips:
+                assert (piece - expected).norm() <= 1e-2 * expected.norm(), key
+            else:
+                torch.testing.assert_close(piece, expected, rtol=1e-5, atol=1e-6)
