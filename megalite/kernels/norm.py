@@ -70,11 +70,12 @@ class _RowNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        wide_x = x.to(wide)  # once: operations on two formats are slow on a CPU
+        norm = torch.linalg.vector_norm(wide_x, dim=-1, keepdim=True)
         scale = norm.square_().div_(x.size(-1)).add_(eps).rsqrt_()
         ctx.dtype = x.dtype
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).mul_(weight).to(x.dtype)
+        return (wide_x * scale).mul_(weight).to(x.dtype)
 
     @staticmethod
     @once_differentiable

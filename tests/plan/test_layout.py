@@ -2,8 +2,9 @@
 
 import pytest
 
-from megalite.plan.layout import shares_of_rank, stages_of
-from tests.trainers import Case, run_config
+from megalite.plan.flight import ChunkBytes, fullest_moment
+from megalite.plan.layout import RankLayout, shares_of_rank, stages_of
+from tests.trainers import Case, deepspeed_of, run_config
 
 
 @pytest.mark.parametrize(
@@ -27,3 +28,11 @@ def test_ranks_hold_the_layers_of_their_stages(case, held):
     placement = stages_of(run)
     shares = [shares_of_rank(run, placement, rank) for rank in range(2)]
     assert [[share.layers for share in of_rank] for of_rank in shares] == held
+
+
+def test_gradients_are_there_by_the_layers_of_the_chunks_that_went_backward():
+    """Rank 1 has stages of 1 and 5 layers; the first's backward, the fullest moment, is after the second's."""
+    case = Case(pp=2, zero=0, schedule="zbv", model_kind="deep", layers=(1, 1, 5, 1))
+    layout = RankLayout(run_config(case), deepspeed_of(case, 1), 2, 1)
+    chunks = [ChunkBytes(kept=10, left=0, forward=0, backward=work) for work in (1000, 0)]
+    assert fullest_moment(layout, "cpu", gradients=600, chunks=chunks).gradients == 500

@@ -34,6 +34,7 @@ MODEL = ModelConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
+DEEP = MODEL.model_copy(update={"num_hidden_layers": 8})
 EXPERTS = MODEL.model_copy(
     update={"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
 )
@@ -51,6 +52,10 @@ PLANS = {
     "context": (Case(cp=2, zero=1), {}),
     "afab, tied": (Case(pp=2, zero=3, schedule="afab", tied=True), {}),
     "zbv": (Case(pp=2, zero=1, schedule="zbv"), {}),
+    "zbv, uneven": (
+        Case(pp=2, zero=0, schedule="zbv", layers=(1, 1, 5, 1)),
+        {"model": DEEP, "num_micro_batches": 1},
+    ),
     "Muon": (Case(dp=2), {"optimizer": MUON}),
     "adapters": (Case(dp=2), {"lora": LoraConfig(rank=8)}),
     "experts": (Case(dp=2, ep=2), {"model": EXPERTS}),

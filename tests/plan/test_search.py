@@ -75,3 +75,12 @@ def test_a_search_leaves_the_job_that_it_was_given_alone():
     before = json.dumps(job.deepspeed.raw)
     search_layouts(job, num_best=1)
     assert json.dumps(job.deepspeed.raw) == before
+
+
+def test_a_search_cuts_evenly_where_the_job_that_it_was_given_does_not():
+    """Stages of its sizes would be those of one grid alone."""
+    uneven = search_layouts(
+        job_of("pp_size=2", "layers_per_stage=[3,5]", per_node=2, device=ROOMY), num_best=1
+    )
+    even = search_layouts(job_of("pp_size=2", per_node=2, device=ROOMY), num_best=1)
+    assert (uneven.ruled_out, uneven.num_layouts) == (even.ruled_out, even.num_layouts)
