@@ -31,8 +31,8 @@ def test_ranks_hold_the_layers_of_their_stages(case, held):
 
 
 def test_gradients_are_there_by_the_layers_of_the_chunks_that_went_backward():
-    """Rank 1 has stages of 1 and 5 layers; the first's backward, the fullest moment, is after the second's."""
+    """Rank 1 has stages of 1 and 5 layers; the backward of the second is the first, and the fullest moment."""
     case = Case(pp=2, zero=0, schedule="zbv", model_kind="deep", layers=(1, 1, 5, 1))
     layout = RankLayout(run_config(case), deepspeed_of(case, 1), 2, 1)
-    chunks = [ChunkBytes(kept=10, left=0, forward=0, backward=work) for work in (1000, 0)]
+    chunks = [ChunkBytes(kept=10, left=0, forward=0, backward=work) for work in (0, 1000)]
     assert fullest_moment(layout, "cpu", gradients=600, chunks=chunks).gradients == 500
