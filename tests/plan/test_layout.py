@@ -31,7 +31,7 @@ def test_ranks_hold_the_layers_of_their_stages(case, held):
 
 
 def test_gradients_are_there_by_the_layers_of_the_chunks_that_went_backward():
-    """Rank 1 has stages of 1 and 5 layers; the backward of the second is the first, and the fullest moment."""
+    """Rank 1 has 1 and 5 layers; the backward of the second chunk is the first, and the fullest moment."""
     case = Case(pp=2, zero=0, schedule="zbv", model_kind="deep", layers=(1, 1, 5, 1))
     layout = RankLayout(run_config(case), deepspeed_of(case, 1), 2, 1)
     chunks = [ChunkBytes(kept=10, left=0, forward=0, backward=work) for work in (0, 1000)]
