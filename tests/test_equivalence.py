@@ -36,6 +36,8 @@ CASES = [
     Case(zero=1),
     *(Case(tp=2, zero=zero, sp=zero % 2 == 1, tied=zero == 2) for zero in (0, 1, 2, 3)),
     Case(tp=2, sp=False, recompute="full"),
+    Case(tp=2, row_chunks=2),
+    Case(tp=4, row_chunks=3, recompute="full", documents=True),
     Case(tp=4, recompute="selective"),
     Case(tp=4, sp=False, tied=True),
     *(Case(pp=2, zero=zero, schedule=s) for zero in (1, 2, 3) for s in ("1f1b", "afab")),
@@ -80,6 +82,7 @@ CHUNK_CASES = [
     Case(tp=2, pp=2, schedule=H, weight_input="keep", recompute="full"),
     Case(tp=2, pp=2, zero=2, sp=False, schedule=H, uneven=True),
     Case(tp=2, pp=2, schedule=H, tile=8),
+    Case(tp=2, pp=2, zero=2, schedule=H, row_chunks=3, tied=True),
     *(Case(tp=2, pp=2, zero=1, schedule=H, tied=True, products=name) for name in ONEDNN),
     Case(pp=2, zero=1, schedule=V, tied=True, tile=8, recompute="full"),
     Case(tp=4, schedule=H, recompute="selective"),  # one stage; gradients of copies are summed later too

@@ -94,6 +94,7 @@ class Case:
     weight_input: str = "gather"
     products: str = "auto"  # what computes them in linear layers
     tied: bool = False
+    row_chunks: int = 1  # of what row layers scatter
     recompute: str = "none"
     offload: bool = False
     tile: int = 0  # tokens of an MLP at a time
@@ -134,6 +135,7 @@ def run_config(case: Case, optimizer: OptimizerConfig = ADAM, **sections: Any) -
         context_attention=case.way,
         ep_size=case.ep,
         sequence_parallel=case.sp,
+        row_overlap_chunks=case.row_chunks,
         pipeline_schedule=case.schedule,
         num_chunks=case.chunks,
         layers_per_stage=case.layers and list(case.layers),

@@ -26,6 +26,11 @@ class ParallelConfig(Section):
     sequence_parallel: bool = Field(
         True, description="Whether activations between layers are cut over tp along the sequence."
     )
+    row_overlap_chunks: PositiveInt = Field(
+        1,
+        description="Sequence parallelism: pieces in which row layers' sums are scattered, each while the "
+        "next is computed. Not with fp8.",
+    )
     pipeline_schedule: Literal["1f1b", "afab", "interleaved", "zb-h1", "zbv"] = Field(
         "1f1b",
         description="Order of a stage's work: one forward one backward, all forward all backward, 1F1B over "

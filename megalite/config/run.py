@@ -71,6 +71,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _fp8_rounds_whole_products(self) -> Self:
+        if self.parallel.row_overlap_chunks > 1 and self.fp8.recipe != "none":
+            raise ValueError(
+                f"parallel.row_overlap_chunks {self.parallel.row_overlap_chunks} multiplies in pieces and "
+                f"fp8.recipe {self.fp8.recipe} rounds whole tensors: set one of them to 1, or to none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _the_best_is_known(self) -> Self:
         saved, validated = self.checkpoint.save_every_steps, self.logging.validate_every_steps
         if self.checkpoint.keep_best and (not validated or saved % validated):

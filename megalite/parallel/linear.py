@@ -20,6 +20,7 @@ from megalite.parallel.column import column_linear, local_linear
 from megalite.parallel.lora import ColumnAdapter, RowAdapter
 from megalite.parallel.mappings import reduce_from_tp, scatter_sequence
 from megalite.parallel.plan import LayerPlan
+from megalite.parallel.row import scattered_linear
 from megalite.parallel.shard import (
     constant_initializer,
     cut_spec,
@@ -165,12 +166,20 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[s, b, i/t] -> [s, b, o] (or [s/t, b, o] under sequence parallelism)."""
-        products = self.plan.products_of(inputs_over=self.plan.tp_group)
-        partial = local_linear(x, self.plan, self.weight, products)
+        y = self._product(x)
+        return y if self.bias is None else y + self.plan.with_whole_gradient(self.bias)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        """Without the bias. An adapter's output is part of one sum, and so of a whole one."""
+        plan = self.plan
+        products = plan.products_of(inputs_over=plan.tp_group)
+        in_pieces = plan.row_chunks > 1 and plan.sequence_parallel and plan.context["tp"].size > 1
+        if in_pieces and self.adapter is None:
+            return scattered_linear(x, plan, self.weight, products)
+        partial = local_linear(x, plan, self.weight, products)
         if self.adapter is not None:
             partial = partial + self.adapter(x)
-        y = self.leave(partial, self.plan.tp_group)
-        return y if self.bias is None else y + self.plan.with_whole_gradient(self.bias)
+        return self.leave(partial, plan.tp_group)
 
     def extra_repr(self) -> str:
         return describe_shards(self)

@@ -43,6 +43,7 @@ class LayerPlan:
         kernels: what computes matrix products, attention, norms and gates.
         lora: the adapters that layers have, beside weights which then do not learn; None for none.
         tile_tokens: of a feed-forward layer at a time, on a rank; 0 for all at once.
+        row_chunks: pieces in which row layers scatter their sums along the sequence, see row.py.
         deferred: where backward leaves the gradients of linear layers' weights; None computes them in it.
     """
 
@@ -54,6 +55,7 @@ class LayerPlan:
     kernels: Kernels = field(default_factory=Kernels)
     lora: Lora | None = None
     tile_tokens: int = 0
+    row_chunks: int = 1
     deferred: DeferredGradients | None = None
 
     def adapts(self, name: str) -> bool:

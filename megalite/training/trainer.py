@@ -108,6 +108,7 @@ class StageTrainer:
         deferred = DeferredGradients(parallel.weight_gradient_input == "keep") if splits else None
         shared: dict[str, Any] = {"kernels": self.kernels, "lora": adapters_of(run), "deferred": deferred}
         shared["tile_tokens"] = parallel.mlp_tile_tokens
+        shared["row_chunks"] = parallel.row_overlap_chunks
         shared["fp8"] = choose_recipe(run.fp8.recipe, context.device, deepspeed.precision)
         plan = LayerPlan(context, sequence_parallel, init, **shared)
         self.placement = placement_of(parallel.pipeline_schedule, stages.size, parallel.num_chunks)

@@ -93,6 +93,11 @@ def rank_0_of(world_size: int) -> dict[str, str]:
             ["fp8.recipe=rowwise", "model.intermediate_size=648"],
             ["fp8.recipe rowwise needs multiples of 16", "model.intermediate_size makes 648", "recipe=none"],
         ),
+        (
+            1,
+            ["fp8.recipe=rowwise", "parallel.row_overlap_chunks=2"],
+            ["row_overlap_chunks 2 multiplies in pieces", "recipe rowwise rounds whole tensors"],
+        ),
         (1, ["kernels.gating=liger"], ["kernels.gating liger needs", "set kernels.gating=auto"]),
         (3, [], ["train_batch_size 16 is not divisible by", "2 x 3 data-parallel ranks = 6"]),
         (1, ["data.seq_length=512"], ["seq_length 512 exceeds model.max_position_embeddings 256"]),

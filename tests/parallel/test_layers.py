@@ -109,7 +109,10 @@ def column_equals_linear(group):
 
 
 def row_equals_linear(group):
-    for plan in every_plan(group):
+    plans = list(every_plan(group))
+    # In pieces of other sizes, too: 3 of the rows of a rank where 3 divides them not, and one of each row.
+    plans += [replace(plan, row_chunks=chunks) for plan in plans for chunks in (2, 3, 1000)]
+    for plan in plans:
         sequence_parallel = plan.sequence_parallel
         layer = RowParallelLinear(OUT, H, plan, bias=True)
         x, grad = full("x", S, B, OUT), full("grad", S, B, H).detach()
@@ -447,8 +450,32 @@ def communication_is_under_way_while_products_are_computed(group):
         assert later == (["dW"] * 4 if deferred.keeps_gathered else gathered), later
 
 
+def pieces_of_rows_are_under_way_while_others_are_computed(group):
+    """Row layers, in two pieces: a sum is begun before the next product, all gathers before the first."""
+    if group.size() == 1:
+        return
+    for plan in with_and_without_deferring(plan_of(group, sequence_parallel=True)):
+        log, deferred = Logged(), plan.deferred
+        standard = log.products()
+        products = replace(standard, output=log._product(standard.output, "y"))
+        plan = replace(plan, row_chunks=2, kernels=replace(plan.kernels, products=products))
+        layer = RowParallelLinear(OUT, H, plan)
+        with (
+            patch.object(mappings, "_all_gather", log.collective(mappings._all_gather, "gather")),
+            patch.object(dist, "all_to_all_single", log.collective(dist.all_to_all_single, "sum")),
+        ):
+            y = layer(mine(full("x", S, B, OUT), group, -1))
+            there = log.taken()
+            y.sum().backward()
+            back = log.taken()
+        assert there == ["y", "sum begins"] * 2 + ["sum ends"] * 2, there
+        gathers = ["gather begins"] * 2 + ["gather ends", "dx"] * 2
+        assert back == gathers + (["dW"] if deferred is None else []), back
+
+
 CHECKS = [
     column_equals_linear,
+    pieces_of_rows_are_under_way_while_others_are_computed,
     row_equals_linear,
     merged_columns_equal_linears_with_copies,
     embedding_equals_embedding,
