@@ -75,7 +75,8 @@ class RunConfig(Section):
         if self.parallel.row_overlap_chunks > 1 and self.fp8.recipe != "none":
             raise ValueError(
                 f"parallel.row_overlap_chunks {self.parallel.row_overlap_chunks} multiplies in pieces and "
-                f"fp8.recipe {self.fp8.recipe} rounds whole tensors: set one of them to 1, or to none"
+                f"fp8.recipe {self.fp8.recipe} rounds whole tensors: set "
+                "parallel.row_overlap_chunks=1, or fp8.recipe=none"
             )
         return self
 

@@ -170,11 +170,11 @@ class RowParallelLinear(nn.Module):
         return y if self.bias is None else y + self.plan.with_whole_gradient(self.bias)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        """Without the bias. An adapter's output is part of one sum, and so of a whole one."""
+        """Without the bias; whole where an adapter's output goes into the same sum, or fp8 scales whole tensors."""
         plan = self.plan
         products = plan.products_of(inputs_over=plan.tp_group)
         in_pieces = plan.row_chunks > 1 and plan.sequence_parallel and plan.context["tp"].size > 1
-        if in_pieces and self.adapter is None:
+        if in_pieces and self.adapter is None and plan.fp8 is None:
             return scattered_linear(x, plan, self.weight, products)
         partial = local_linear(x, plan, self.weight, products)
         if self.adapter is not None:

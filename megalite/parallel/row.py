@@ -10,7 +10,6 @@ sequence. A piece is the same rows of every part, so that its sum is those rows 
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 
 from megalite.kernels.products import MatrixProducts
 from megalite.parallel.context import Group, group_size
-from megalite.parallel.mappings import start_all_gather, start_reduce_scatter, wait_for
+from megalite.parallel.mappings import Gathering, start_reduce_scatter, wait_for
 from megalite.parallel.plan import LayerPlan
 
 
@@ -76,8 +75,8 @@ class _RowLinearApart(torch.autograd.Function):
 def _output(x: torch.Tensor, weight: torch.Tensor, plan: LayerPlan, products: MatrixProducts) -> torch.Tensor:
     parts = _parts(x, plan.tp_group)
     begun = [
-        start_reduce_scatter(products.output(parts[:, rows].flatten(0, 1), weight), plan.tp_group)
-        for rows in _pieces(parts.size(1), plan.row_chunks)
+        start_reduce_scatter(products.output(piece.flatten(0, 1), weight), plan.tp_group)
+        for piece in _pieces(parts, plan.row_chunks, dim=1)
     ]
     for _, work in begun:
         wait_for(work)
@@ -87,16 +86,22 @@ def _output(x: torch.Tensor, weight: torch.Tensor, plan: LayerPlan, products: Ma
 def _input_gradient(
     grad: torch.Tensor, weight: torch.Tensor, plan: LayerPlan, products: MatrixProducts
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dx [s, b, i/t], and the whole of dy [s, b, o]."""
-    group, pieces = plan.tp_group, _pieces(grad.size(0), plan.row_chunks)
-    begun = [start_all_gather(grad[rows], group) for rows in pieces]
+    """dx [s, b, i/t], and the whole of dy [s, b, o].
+
+    One piece is gathered ahead: all at once would take the memory of dy a second time.
+    """
+    group, count = plan.tp_group, plan.row_chunks
     length = grad.size(0) * group_size(group)
     grad_x = grad.new_empty(length, grad.size(1), weight.size(1))
     full = grad.new_empty(length, *grad.shape[1:])
-    for rows, (piece, work) in zip(pieces, begun, strict=True):
-        wait_for(work)
-        _parts(full, group)[:, rows] = _parts(piece, group)
-        _parts(grad_x, group)[:, rows] = _parts(products.input_gradient(piece, weight), group)
+    gatherings = [Gathering(piece, group) for piece in _pieces(grad, count)]
+    targets = (_pieces(_parts(whole, group), count, dim=1) for whole in (full, grad_x))
+    for gathering, following, *places in zip(gatherings, [*gatherings[1:], None], *targets, strict=True):
+        piece = gathering.whole()
+        if following is not None:
+            following.begin()
+        for place, rows in zip(places, (piece, products.input_gradient(piece, weight)), strict=True):
+            place.copy_(_parts(rows, group))
     return grad_x, full
 
 
@@ -111,8 +116,6 @@ def _parts(x: torch.Tensor, group: Group) -> torch.Tensor:
     return x.unflatten(0, (size, -1))
 
 
-def _pieces(num_rows: int, num_pieces: int) -> list[slice]:
-    """The rows of each piece, none empty; sizes differ by at most one."""
-    num_pieces = min(num_pieces, num_rows)
-    ends = [num_rows * place // num_pieces for place in range(num_pieces + 1)]
-    return [slice(*pair) for pair in pairwise(ends)]
+def _pieces(x: torch.Tensor, count: int, dim: int = 0) -> Sequence[torch.Tensor]:
+    """Views, at most `count`, none empty; they differ by at most one row."""
+    return x.tensor_split(min(count, x.size(dim)), dim)

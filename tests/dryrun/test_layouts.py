@@ -95,6 +95,7 @@ REAL_CASES = [
     Case(tp=2, pp=2, tied=True, zero=1, schedule="zbv"),
     Case(pp=2, cp=2, way="ring"),
     Case(tp=2, dp=2, ep=2, model_kind="experts", recompute="full", precision="bf16"),
+    Case(tp=2, dp=2, row_chunks=3),
 ]
 
 
