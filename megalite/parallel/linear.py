@@ -170,7 +170,7 @@ class RowParallelLinear(nn.Module):
         return y if self.bias is None else y + self.plan.with_whole_gradient(self.bias)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        """Without the bias; whole where an adapter's output goes into the same sum, or fp8 scales whole tensors."""
+        """Without the bias; whole where an adapter adds to the sum, or fp8 scales whole tensors."""
         plan = self.plan
         products = plan.products_of(inputs_over=plan.tp_group)
         in_pieces = plan.row_chunks > 1 and plan.sequence_parallel and plan.context["tp"].size > 1
