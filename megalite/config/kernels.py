@@ -4,16 +4,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from megalite.config.section import NonNegativeInt, Section
+from megalite.config.section import ConfigError, NonNegativeInt, Section
 
 
 class KernelConfig(Section):
     """What computes the parts of a layer; `auto` is what serves the device best, told when the run starts."""
 
-    attention: Literal["auto", "blocks", "sdpa", "flex"] = Field(
+    attention: Literal["auto", "blocks", "sdpa", "flex", "varlen"] = Field(
         "auto",
         description="Batched products on blocks of rows (fastest on a CPU), torch's "
-        "scaled_dot_product_attention, or on a GPU FlexAttention where there are documents.",
+        "scaled_dot_product_attention, or on a GPU, where there are documents, "
+        "FlexAttention, or FlashAttention over their lengths (bf16, fp16).",
     )
     attention_kept_tokens: NonNegativeInt | None = Field(
         None,
@@ -41,3 +42,11 @@ class KernelConfig(Section):
         description="Whether torch.compile makes what lies between a block's matrix products, in training: "
         "rotation, and norms and gating unless named; on a CPU it needs a C++ compiler and Python.h.",
     )
+
+    def check_precision(self, precision: str) -> None:
+        """Raise ConfigError for a precision of the DeepSpeed JSON in which a kernel does not compute."""
+        if self.attention == "varlen" and precision == "fp32":
+            raise ConfigError(
+                f"kernels.attention varlen computes in bf16 or fp16 and the DeepSpeed JSON says {precision}: "
+                "enable bf16 there, or set kernels.attention=auto"
+            )

@@ -38,6 +38,23 @@ def attend_by_flex(
     return attention(query, key, value, block_mask=sight.flex_mask, enable_gqa=query.size(1) != key.size(1))
 
 
+def attend_by_varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sight: Sight | None = None
+) -> torch.Tensor:
+    """FlashAttention (Dao 2023, arXiv 2307.08691) where there are documents: torch's, over sequences of any
+    lengths that lie one behind the other. On a GPU, in bf16 or fp16.
+    """
+    if sight is None or not sight.is_of_documents:
+        return attend_by_sdpa(query, key, value, sight)
+    from torch.nn.attention.varlen import varlen_attn  # slow to import
+
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [b s, heads, D]
+    bounds, longest, grouped = sight.document_bounds, query.size(2), query.size(1) != key.size(1)
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, window_size=(-1, 0), enable_gqa=grouped)
+    assert isinstance(out, torch.Tensor), "it gives more where more is asked for"
+    return out.unflatten(0, (query.size(0), -1)).transpose(1, 2)
+
+
 def attention_of(device: torch.device) -> str:
     """The name of what serves a device best."""
     return {"cpu": "blocks", "cuda": "flex"}.get(device.type, "sdpa")
@@ -47,6 +64,7 @@ ATTENTIONS: dict[str, Attention] = {
     "blocks": attend_in_blocks,
     "sdpa": attend_by_sdpa,
     "flex": attend_by_flex,
+    "varlen": attend_by_varlen,
 }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -119,6 +120,11 @@ def _attention(name: str, device: torch.device, kept_tokens: int | None) -> Atte
         raise KernelError(
             "kernels.attention flex cannot train on a CPU, where torch has no backward of it: "
             "use blocks or sdpa"
+        )
+    if name == "varlen" and (device.type != "cuda" or find_spec("torch.nn.attention.varlen") is None):
+        raise KernelError(
+            f"kernels.attention varlen needs a GPU and torch 2.13, and this run is on {device.type} with torch "
+            f"{torch.__version__}: use kernels.attention=auto"
         )
     if kept_tokens is None:
         return ATTENTIONS[name]

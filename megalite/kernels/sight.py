@@ -93,6 +93,21 @@ class Sight:
 
         return create_block_mask(may_see, batch, None, length, length, device=str(starts.device))
 
+    @property
+    def is_of_documents(self) -> bool:
+        """Whether all keys are there, and only some of them seen from the sample's start."""
+        return self.starts is not None and self.query_places is self.key_places
+
+    @cached_property
+    def document_bounds(self) -> torch.Tensor:
+        """Of whole samples, one behind the other: where documents begin, and the end; int32 [documents + 1].
+
+        How many there are is read from the device, once for all layers.
+        """
+        assert self.starts is not None and self.is_of_documents
+        begins = (self.starts == self.query_places).flatten().nonzero().flatten()
+        return torch.cat([begins, begins.new_full((1,), self.starts.numel())]).to(torch.int32)
+
     def blocks(self, num_rows: int) -> list[Block]:
         """All queries in blocks of so many rows; with documents, each sample in blocks of its own."""
         if num_rows not in self._blocks:

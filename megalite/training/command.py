@@ -67,6 +67,7 @@ def resolve(args: Namespace, world_size: int, task: str) -> tuple[RunConfig, Dee
     run.check_zero_stage(deepspeed.zero_stage)
     tokens = deepspeed.train_micro_batch_size_per_gpu * run.tokens_per_sample // run.parallel.cp_size
     run.fp8.check_precision(deepspeed.precision)
+    run.kernels.check_precision(deepspeed.precision)
     run.fp8.check_sizes(run.model, run.parallel.tp_size, tokens)
     run.check_zero_options(deepspeed.raw)
     check_stages(run)

@@ -91,3 +91,15 @@ def test_fp16_trains_and_its_loss_scale_goes_on_in_a_checkpoint(tmp_path, prefix
     assert [untimed(row) for row in again] == [untimed(row) for row in whole]
     [theirs, *_] = rows(tmp_path, prefix, "cpu", "cpu", 1, "fp32")
     assert whole[0]["loss"] == pytest.approx(theirs["loss"], rel=TOLERANCE["fp16"])
+
+
+def test_flashattention_over_documents_gives_flexattentions_losses(tmp_path, prefix):
+    common = ("data.mask_documents=true",)
+    losses = [
+        [
+            row["loss"]
+            for row in rows(tmp_path, prefix, name, "cuda", 1, "bf16", *common, f"kernels.attention={name}")
+        ]
+        for name in ("varlen", "flex")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE["bf16"])

@@ -1,10 +1,13 @@
 """Every kernel that a run can name equals the formula, and the others; what cannot run is refused."""
 
+import inspect
 import typing
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import varlen
 
 from megalite.config.kernels import KernelConfig
 from megalite.config.optimizer import OptimizerConfig
@@ -27,11 +30,34 @@ def drawn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
 
+def stand_in_for_varlen(monkeypatch):
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+        assert window_size == (-1, 0) and cu_seq_q is cu_seq_k and cu_seq_q.dtype == torch.int32
+        sizes = cu_seq_q.diff().tolist()
+        assert cu_seq_q[0] == 0 and sum(sizes) == len(query) and min(sizes) > 0
+        assert max(sizes) <= max_q == max_k
+        documents = zip(*(x.split(sizes) for x in (query, key, value)), strict=True)
+        of_heads = [[x.transpose(0, 1)[None] for x in of_one] for of_one in documents]
+        out = [
+            F.scaled_dot_product_attention(*of_one, is_causal=True, enable_gqa=enable_gqa)
+            for of_one in of_heads
+        ]
+        return torch.cat([x[0].transpose(0, 1) for x in out])
+
+    given = set(inspect.signature(varlen_attn).parameters)
+    assert given <= set(inspect.signature(varlen.varlen_attn).parameters)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+
+
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", ATTENTIONS)
 @pytest.mark.parametrize("sight", [None, Sight.within(STARTS)], ids=["causal", "documents"])
-def test_attention_is_the_same_by_every_name(name, sight):
-    """FlexAttention serves GPUs; what it computes is checked here, uncompiled and forward alone."""
+def test_attention_is_the_same_by_every_name(name, sight, monkeypatch):
+    """FlexAttention serves GPUs; what it computes is checked here, uncompiled and forward alone.
+
+    FlashAttention has a stand-in, which shows the call: documents one by one, by the formula.
+    """
+    stand_in_for_varlen(monkeypatch)
     query, key, value = drawn(2, 4, 16, 8), drawn(2, 2, 16, 8, seed=1), drawn(2, 2, 16, 8, seed=2)
     expected = attend_by_sdpa(query, key, value, sight)
     inputs = (query, key, value)
@@ -106,6 +132,8 @@ def test_auto_is_told_by_the_name_of_what_it_picks():
 def test_a_kernel_that_cannot_train_here_is_refused():
     with pytest.raises(KernelError, match=r"kept_tokens 64 is of .* blocks, and this run has sdpa"):
         choose_kernels("sdpa", "auto", CPU, attention_kept_tokens=64)
+    with pytest.raises(KernelError, match=r"varlen needs a GPU .* is on cpu with torch .*: use kernels"):
+        choose_kernels("varlen", "auto", CPU)
     with pytest.raises(KernelError, match=r"flex cannot train on a CPU.*use blocks or sdpa"):
         choose_kernels("flex", "auto", CPU)
 

@@ -98,6 +98,7 @@ def rank_0_of(world_size: int) -> dict[str, str]:
             ["fp8.recipe=rowwise", "parallel.row_overlap_chunks=2"],
             ["row_overlap_chunks 2 multiplies in pieces", "recipe rowwise rounds whole tensors"],
         ),
+        (1, ["kernels.attention=varlen"], ["varlen computes in bf16 or fp16", "says fp32: enable bf16"]),
         (1, ["kernels.gating=liger"], ["kernels.gating liger needs", "set kernels.gating=auto"]),
         (3, [], ["train_batch_size 16 is not divisible by", "2 x 3 data-parallel ranks = 6"]),
         (1, ["data.seq_length=512"], ["seq_length 512 exceeds model.max_position_embeddings 256"]),
