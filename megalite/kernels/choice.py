@@ -123,8 +123,8 @@ def _attention(name: str, device: torch.device, kept_tokens: int | None) -> Atte
         )
     if name == "varlen" and (device.type != "cuda" or find_spec("torch.nn.attention.varlen") is None):
         raise KernelError(
-            f"kernels.attention varlen needs a GPU and torch 2.13, and this run is on {device.type} with torch "
-            f"{torch.__version__}: use kernels.attention=auto"
+            f"kernels.attention varlen needs a GPU and torch 2.13, and this run is on {device.type} with "
+            f"torch {torch.__version__}: use kernels.attention=auto"
         )
     if kept_tokens is None:
         return ATTENTIONS[name]

@@ -94,12 +94,9 @@ def test_fp16_trains_and_its_loss_scale_goes_on_in_a_checkpoint(tmp_path, prefix
 
 
 def test_flashattention_over_documents_gives_flexattentions_losses(tmp_path, prefix):
-    common = ("data.mask_documents=true",)
-    losses = [
-        [
-            row["loss"]
-            for row in rows(tmp_path, prefix, name, "cuda", 1, "bf16", *common, f"kernels.attention={name}")
-        ]
-        for name in ("varlen", "flex")
-    ]
+    losses = []
+    for name in ("varlen", "flex"):
+        options = ("data.mask_documents=true", f"kernels.attention={name}")
+        run = rows(tmp_path, prefix, name, "cuda", 1, "bf16", *options)
+        losses.append([row["loss"] for row in run])
     assert losses[0] == pytest.approx(losses[1], rel=TOLERANCE["bf16"])
