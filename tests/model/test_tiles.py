@@ -75,7 +75,7 @@ def test_without_gradients_tiles_are_not_computed_again() -> None:
 def take_step(tile_tokens: int) -> None:
     """A forward and backward pass on one sample of 65,536 tokens in documents of 64, within the bound.
 
-    In a process of its own, which ends with 1 where the system refuses it memory.
+    In a process of its own, which ends with REFUSED where the system gives it no memory.
     """
     torch.set_num_threads(1)
     kernels = choose_kernels("blocks", "rows", device=torch.device("cpu"))  # which sees no whole mask
