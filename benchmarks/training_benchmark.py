@@ -5,7 +5,7 @@ for attention, per token. Peers take turns with it, each with torch's fused Adam
 plain loop on 2 threads, in DDP, or in DeepSpeed's engine with the same settings, and picotron from a checkout
 (PICOTRON=FOLDER), which has no ZeRO, no clipping and no tied head. Weights of the plain loop are in bf16
 where it says bf16. Two processes, and four, have a thread in each. With ZB-H1 and ZBV the rank with the head
-has a layer or two less (`parallel.layers_per_stage`). Brackets hold the middle half of five rounds.
+has two layers fewer (`parallel.layers_per_stage`). Brackets hold the middle half of five rounds.
 """
 
 import statistics

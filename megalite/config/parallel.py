@@ -29,7 +29,7 @@ class ParallelConfig(Section):
     row_overlap_chunks: PositiveInt = Field(
         1,
         description="Sequence parallelism: pieces in which row layers' sums are scattered, each while the "
-        "next is computed. Not with fp8.",
+        "next is computed. Not with fp8, nor in layers with adapters.",
     )
     pipeline_schedule: Literal["1f1b", "afab", "interleaved", "zb-h1", "zbv"] = Field(
         "1f1b",

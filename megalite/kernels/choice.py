@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch.torch_version import TorchVersion
 
 from megalite.error import UserError
 from megalite.kernels.adamw import ADAMW, ADAMW_PACKAGES, AdamUpdate
@@ -121,7 +121,7 @@ def _attention(name: str, device: torch.device, kept_tokens: int | None) -> Atte
             "kernels.attention flex cannot train on a CPU, where torch has no backward of it: "
             "use blocks or sdpa"
         )
-    if name == "varlen" and (device.type != "cuda" or find_spec("torch.nn.attention.varlen") is None):
+    if name == "varlen" and (device.type != "cuda" or TorchVersion(torch.__version__) < "2.13"):
         raise KernelError(
             f"kernels.attention varlen needs a GPU and torch 2.13, and this run is on {device.type} with "
             f"torch {torch.__version__}: use kernels.attention=auto"

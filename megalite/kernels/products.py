@@ -57,7 +57,7 @@ class MatrixProducts:
     weight_gradient: Product = weight_gradient
 
 
-# Weights' gradients, sums over all tokens, are no faster by oneDNN.
+# Weights' gradients, sums over all tokens, are mostly no faster by oneDNN.
 PRODUCTS: dict[str, MatrixProducts] = {
     "torch": MatrixProducts(),
     "onednn": MatrixProducts(output_by_onednn, input_gradient_by_onednn),

@@ -12,7 +12,8 @@ from pathlib import Path
 from megalite.config.device import DeviceConfig
 from megalite.error import UserError
 from megalite.measure.timeline import OVERLAPPING, RankTimeline, found_timelines
-from megalite.plan.job import Job, check_job
+from megalite.plan.job import Job
+from megalite.plan.layout import check_stages
 from megalite.plan.step_time import StepTime, step_time
 
 METRICS_FILE = "metrics.jsonl"
@@ -46,7 +47,7 @@ class Comparison:
 
 def compare_with_run(job: Job, run_dir: Path) -> Comparison:
     """Raises UserError, in one line: the run cannot be, has too few steps, or no efficiency explains them."""
-    check_job(job)
+    check_stages(job.run)
     seconds = measured_step_seconds(run_dir)
     planned, measured = step_time(job), statistics.median(seconds)
     device = fitted_device(job, measured)

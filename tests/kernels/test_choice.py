@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import varlen
 
 from megalite.config.kernels import KernelConfig
 from megalite.config.optimizer import OptimizerConfig
@@ -31,11 +30,15 @@ def drawn(*shape, seed=0, dtype=torch.float64):
 
 
 def stand_in_for_varlen(monkeypatch):
+    """Its calls, by the documents' sizes."""
+    calls, varlen = [], pytest.importorskip("torch.nn.attention.varlen")
+
     def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
         assert window_size == (-1, 0) and cu_seq_q is cu_seq_k and cu_seq_q.dtype == torch.int32
         sizes = cu_seq_q.diff().tolist()
         assert cu_seq_q[0] == 0 and sum(sizes) == len(query) and min(sizes) > 0
         assert max(sizes) <= max_q == max_k
+        calls.append(sizes)
         documents = zip(*(x.split(sizes) for x in (query, key, value)), strict=True)
         of_heads = [[x.transpose(0, 1)[None] for x in of_one] for of_one in documents]
         out = [
@@ -47,6 +50,7 @@ def stand_in_for_varlen(monkeypatch):
     given = set(inspect.signature(varlen_attn).parameters)
     assert given <= set(inspect.signature(varlen.varlen_attn).parameters)
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    return calls
 
 
 @pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile")
@@ -57,12 +61,13 @@ def test_attention_is_the_same_by_every_name(name, sight, monkeypatch):
 
     FlashAttention has a stand-in, which shows the call: documents one by one, by the formula.
     """
-    stand_in_for_varlen(monkeypatch)
+    calls = stand_in_for_varlen(monkeypatch) if name == "varlen" else None
     query, key, value = drawn(2, 4, 16, 8), drawn(2, 2, 16, 8, seed=1), drawn(2, 2, 16, 8, seed=2)
     expected = attend_by_sdpa(query, key, value, sight)
     inputs = (query, key, value)
     out = ATTENTIONS[name](*(x.detach() if name == "flex" else x for x in inputs), sight)
     torch.testing.assert_close(out, expected, **CLOSE)
+    assert calls in (None, [] if sight is None else [[5, 1, 10, 16]])
     assert not torch.allclose(out, attend_by_sdpa(query, key, value, Sight.within(STARTS.flip(0))))
     if name != "flex":
         grad = drawn(2, 4, 16, 8, seed=3)

@@ -110,7 +110,7 @@ def column_equals_linear(group):
 
 def row_equals_linear(group):
     plans = list(every_plan(group))
-    # In pieces of other sizes, too: 3 of the rows of a rank where 3 divides them not, and one of each row.
+    # In pieces of other sizes, too: 3 of the rows of a rank which 3 does not divide, and one of each row.
     plans += [replace(plan, row_chunks=chunks) for plan in plans for chunks in (2, 3, 1000)]
     for plan in plans:
         sequence_parallel = plan.sequence_parallel
