@@ -5,6 +5,7 @@ w <- w - rate (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + decay w)
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -58,6 +59,7 @@ def update_by_deepspeed(tensors: AdamTensors, rule: AdamRule) -> None:
     _update(_deepspeeds_kernel(), tensors, corrected, correction=0)
 
 
+@cache
 def _deepspeeds_kernel() -> Any:
     """Compiled at its first use, once for all runs of a user: then it is loaded, and from then on there."""
     from deepspeed.ops.op_builder import FusedAdamBuilder

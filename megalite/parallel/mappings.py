@@ -70,19 +70,25 @@ def start_all_gather(x: torch.Tensor, group: Group) -> tuple[torch.Tensor, Work]
     return full, _all_gather(full, x.contiguous(), group=group, async_op=True)
 
 
+def by_rank(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """[s, ...] as [t, s/t, ...], the part of each rank: a view. ValueError where s does not divide."""
+    size = group_size(group)
+    if x.size(0) % size:
+        raise ValueError(
+            f"a sequence of {x.size(0)} cannot be cut over tp_size {size}: "
+            f"choose a seq_length that is a multiple of {size}"
+        )
+    return x.unflatten(0, (size, -1))
+
+
 def start_reduce_scatter(x: torch.Tensor, group: Group) -> tuple[torch.Tensor, Work]:
     """Begin the sum of [s, ...] over the group, of which each rank keeps its [s/t, ...]."""
     if group_size(group) == 1:
         return x, None
-    part_size, remainder = divmod(x.size(0), group_size(group))
-    if remainder:
-        raise ValueError(
-            f"a sequence of {x.size(0)} cannot be cut over tp_size {group_size(group)}: "
-            f"choose a seq_length that is a multiple of {group_size(group)}"
-        )
-    part = x.new_empty(part_size, *x.shape[1:])
+    parts = by_rank(x, group)
+    part = x.new_empty(parts.shape[1:])
     if x.device.type in SUMMED_WHOLE:
-        parts, work = start_exchange(x.reshape(-1, *part.shape), group)
+        parts, work = start_exchange(parts, group)
         return part, _SumOfParts(work, parts, part)
     return part, _reduce_scatter(part, x.contiguous(), group=group, async_op=True)
 

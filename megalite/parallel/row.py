@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from megalite.kernels.products import MatrixProducts
-from megalite.parallel.context import Group, group_size
-from megalite.parallel.mappings import Gathering, start_reduce_scatter, wait_for
+from megalite.parallel.context import group_size
+from megalite.parallel.mappings import Gathering, by_rank, start_reduce_scatter, wait_for
 from megalite.parallel.plan import LayerPlan
 
 
@@ -73,7 +73,7 @@ class _RowLinearApart(torch.autograd.Function):
 
 
 def _output(x: torch.Tensor, weight: torch.Tensor, plan: LayerPlan, products: MatrixProducts) -> torch.Tensor:
-    parts = _parts(x, plan.tp_group)
+    parts = by_rank(x, plan.tp_group)
     begun = [
         start_reduce_scatter(products.output(piece.flatten(0, 1), weight), plan.tp_group)
         for piece in _pieces(parts, plan.row_chunks, dim=1)
@@ -88,32 +88,21 @@ def _input_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """dx [s, b, i/t], and the whole of dy [s, b, o].
 
-    One piece is gathered ahead: all at once would take the memory of dy a second time.
+    One piece is gathered ahead; all of many at once would take the memory of dy a second time.
     """
     group, count = plan.tp_group, plan.row_chunks
     length = grad.size(0) * group_size(group)
     grad_x = grad.new_empty(length, grad.size(1), weight.size(1))
     full = grad.new_empty(length, *grad.shape[1:])
     gatherings = [Gathering(piece, group) for piece in _pieces(grad, count)]
-    targets = (_pieces(_parts(whole, group), count, dim=1) for whole in (full, grad_x))
+    targets = (_pieces(by_rank(whole, group), count, dim=1) for whole in (full, grad_x))
     for gathering, following, *places in zip(gatherings, [*gatherings[1:], None], *targets, strict=True):
         piece = gathering.whole()
         if following is not None:
             following.begin()
         for place, rows in zip(places, (piece, products.input_gradient(piece, weight)), strict=True):
-            place.copy_(_parts(rows, group))
+            place.copy_(by_rank(rows, group))
     return grad_x, full
-
-
-def _parts(x: torch.Tensor, group: Group) -> torch.Tensor:
-    """[s, ...] -> [t, s/t, ...], by the ranks that keep the parts."""
-    size = group_size(group)
-    if x.size(0) % size:
-        raise ValueError(
-            f"a sequence of {x.size(0)} cannot be cut over tp_size {size}: "
-            f"choose a seq_length that is a multiple of {size}"
-        )
-    return x.unflatten(0, (size, -1))
 
 
 def _pieces(x: torch.Tensor, count: int, dim: int = 0) -> Sequence[torch.Tensor]:
