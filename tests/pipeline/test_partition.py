@@ -50,3 +50,9 @@ def test_fewer_layers_than_stages_is_refused_with_both_numbers():
 def test_a_stage_that_does_not_exist_is_refused(stage):
     with pytest.raises(ValueError, match=f"stage {stage} does not exist in a pipeline of 4"):
         layers_of_stage(8, 4, stage)
+
+
+@pytest.mark.parametrize("sizes", [[3, 3], [3, 3, 3]])
+def test_sizes_of_other_stages_or_layers_are_refused(sizes):
+    with pytest.raises(ValueError, match=r"layers per stage .* stages and .* layers: expected 2 and 9"):
+        layers_of_stage(9, 2, 0, sizes=sizes)
