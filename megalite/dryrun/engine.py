@@ -91,7 +91,7 @@ class WalkedEngine:
 
     def backward(self, output: torch.Tensor, grad: torch.Tensor, chunk: int, *, is_last: bool) -> None:
         if not self.gathers_once:
-            self._gather(chunk)
+            self._gather(chunk, of_backward=True)
         self._back_propagate((output * grad).sum(), is_last)
 
     def backward_input(self, output: torch.Tensor, grad: torch.Tensor, chunk: int) -> list[Deferred]:
@@ -126,8 +126,8 @@ class WalkedEngine:
         elif is_last:
             self._reduce_all()
 
-    def _gather(self, chunk: int) -> None:
-        """ZeRO-3's weights of a chunk, block by block."""
+    def _gather(self, chunk: int, *, of_backward: bool = False) -> None:
+        """ZeRO-3's weights of a chunk, block by block; backward's are those that it reads."""
         self._gathered.add(chunk)
         if self.stage < 3:
             return
@@ -135,6 +135,8 @@ class WalkedEngine:
         blocks = list(stage.layers.values())
         ends = [part for part in (stage.embed_tokens, stage.norm, stage.lm_head) if part is not None]
         for part in (*ends, *blocks):
+            if of_backward and not getattr(part, "reads_weight_in_backward", True):
+                continue
             self._say_by_axes("all_gather", list(part.parameters()))
 
     def _see_gradient(self, parameter: nn.Parameter) -> None:

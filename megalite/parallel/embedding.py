@@ -32,6 +32,8 @@ class VocabParallelEmbedding(nn.Module):
     head on another stage.
     """
 
+    reads_weight_in_backward = False  # ZeRO-3 need not gather it for that: see training/unread.py
+
     def __init__(
         self,
         num_embeddings: int,

@@ -144,6 +144,7 @@ class VocabParallelHead(ColumnParallelLinear):
 
     Attributes:
         chunk_logits: how many logits a rank holds at a time, at least those of one token.
+        reads_weight_in_backward: whether that of the last forward does; not where losses were summed.
     """
 
     chunk_logits = CHUNK_LOGITS
@@ -151,6 +152,7 @@ class VocabParallelHead(ColumnParallelLinear):
     def __init__(self, hidden_size: int, vocab_size: int, plan: LayerPlan, weight: nn.Parameter) -> None:
         super().__init__(hidden_size, vocab_size, replace(plan, fp8=None), weight=weight)
         self.vocab_size = vocab_size
+        self.reads_weight_in_backward = True
 
     def forward(
         self,
@@ -165,6 +167,7 @@ class VocabParallelHead(ColumnParallelLinear):
             fp32: their "sum", each times its weight, or with "none" each by itself [s, b].
         weights: [s, b] of a sum's losses; None weighs all alike.
         """
+        self.reads_weight_in_backward = labels is None or reduction == "none"
         if labels is None:
             return super().forward(x)
         local_size = self.weight.size(0)

@@ -4,6 +4,7 @@ DeepSpeed's defaults are for models of tens of gigabytes: a bucket of 500 millio
 holds all of a model of 460 million parameters at once.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from megalite.config.deepspeed import DeepSpeedConfig
@@ -16,6 +17,7 @@ from megalite.plan.tensors import LocalTensor, modules_of, tensors_of_rank
 LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's default
 LARGEST_PREFETCH = 50_000_000
 LARGEST_PERSISTENT = 100_000
+REDUCTION_PIECE = 2**21  # on a CPU ZeRO-3 has so many on their way at a time: see training/reduction.py
 
 
 def bucket_sizes(layout: RankLayout) -> dict[str, int]:
@@ -27,7 +29,7 @@ def bucket_sizes(layout: RankLayout) -> dict[str, int]:
     """
     sizes = collective_sizes(layout.run, layout.deepspeed, rank_size(layout.run, layout.shares))
     if layout.deepspeed.zero_stage == 3 and layout.run.parallel.parameter_gathering == "micro_batch":
-        sizes["stage3_max_live_parameters"] = _live(tensors_of_rank(layout), sizes)
+        sizes["stage3_max_live_parameters"] = live_elements(tensors_of_rank(layout), sizes)
     return sizes
 
 
@@ -48,9 +50,9 @@ def collective_sizes(run: RunConfig, deepspeed: DeepSpeedConfig, size: StageSize
     return sizes
 
 
-def _live(tensors: list[LocalTensor], sizes: dict[str, int]) -> int:
+def live_elements(tensors: list[LocalTensor], sizes: Mapping[str, int]) -> int:
     """Elements that are whole at a time: vectors, a module's, and those that are gathered ahead."""
     threshold = sizes["stage3_param_persistence_threshold"]
     small = sum(tensor.numel for tensor in tensors if tensor.numel < threshold)
-    module = max(sum(tensor.numel for tensor in module) for module in modules_of(tensors))
+    module = max((sum(tensor.numel for tensor in module) for module in modules_of(tensors)), default=0)
     return small + module + sizes["stage3_prefetch_bucket_size"]

@@ -95,7 +95,7 @@ class _Partitioned:
     """What ZeRO partitions over one group.
 
     Attributes:
-        held, trained: numbers, and those that get a gradient.
+        held, trained, unread: numbers, those that get a gradient, and those that no backward reads.
         num_buckets, num_gathers: collectives in which all gradients are reduced, and all weights gathered.
     """
 
@@ -103,6 +103,7 @@ class _Partitioned:
     trained: int
     num_buckets: int
     num_gathers: int
+    unread: int = 0
 
 
 def data_flows(job: Job, size: StageSize) -> list[Flow]:
@@ -135,6 +136,7 @@ def _partitioned(job: Job, size: StageSize) -> tuple[_Partitioned, _Partitioned]
             trained=size.trained - of_experts,
             num_buckets=size.num_tables + ceil(of_layers / bucket),
             num_gathers=num_gathers(size.dense, size.num_layers),
+            unread=size.tables - (size.table if job.run.task == "prefer" else 0),
         ),
         _Partitioned(
             held=size.expert,
@@ -165,7 +167,8 @@ def _partition_flows(
         once = job.run.parallel.parameter_gathering == "step"
         phases: tuple[Phase, ...] = ("step",) if once else ("forward", "backward_input")
         for phase in phases:
-            part = whole.held * width / whole.num_gathers
+            needed = whole.held - (whole.unread if phase == "backward_input" else 0)
+            part = needed * width / whole.num_gathers
             yield Flow("all-gather", axis, "weights", phase, part, whole.num_gathers, *group, True)
 
 

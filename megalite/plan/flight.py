@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from megalite.parallel.vocabulary import padded_vocab_size
 from megalite.pipeline.actions import Backward, BackwardInput, BackwardWeight, Compute, Forward
 from megalite.pipeline.schedule import orders_of
 from megalite.plan.activations import (
@@ -26,12 +27,14 @@ class ChunkBytes:
         left: from a split backward's first part to its second.
         forward: more while forward runs.
         backward: more while backward runs.
+        table: gradients of an embedding, whole at the end of a backward that reduces them at once.
     """
 
     kept: int
     left: int
     forward: int
     backward: int
+    table: int = 0
 
     @classmethod
     def of(cls, layout: RankLayout, chunk: int, device: str) -> "ChunkBytes":
@@ -48,15 +51,19 @@ class ChunkBytes:
             sum(left_bytes(layout, layer, device) for layer in share.layers),
             head_working_bytes(layout) if share.has_head else backward_bytes(layout, share.layers[0], device),
             working,
+            _table_gradients(layout, chunk) if layout.deepspeed.zero_stage >= 2 else 0,
         )
 
 
 class Fullest(NamedTuple):
-    """The moment of a step when most is held: activations, what computing takes beside them, gradients."""
+    """The moment of a step when most is held: activations, what computing takes beside them, gradients, and
+    weights that ZeRO-3 has gathered.
+    """
 
     kept: int
     working: int
     gradients: int
+    gathered: int = 0
 
 
 def fullest_moment(
@@ -66,12 +73,14 @@ def fullest_moment(
     chunks: list[ChunkBytes] | None = None,
     *,
     reduction: int = 0,
+    gathered: tuple[int, int] = (0, 0),
 ) -> Fullest:
     """By the order of a rank's actions.
 
     gradients: bytes that the first backwards of a step make, each chunk by what is trained of it; they stay
     to its end. There are none yet when all forwards have kept the most.
     reduction: what reducing them takes: within backwards, or at ZeRO-0 after the last of them.
+    gathered: bytes of whole weights while a forward runs, and while a backward does.
     """
     in_the_end = layout.deepspeed.zero_stage == 0
     chunks = chunks or [ChunkBytes.of(layout, chunk, device) for chunk in range(len(layout.shares))]
@@ -90,16 +99,27 @@ def fullest_moment(
         return gradients * sum(trained[chunk] for chunk in made) // max(1, sum(trained))
 
     for action in orders[layout.topology.place(layout.rank, "pp")]:
-        chunk = chunks[action.chunk]
-        held += chunk.kept if isinstance(action, Forward) else 0
+        chunk, is_forward = chunks[action.chunk], isinstance(action, Forward)
+        held += chunk.kept if is_forward else 0
         backward = max(chunk.backward, 0 if in_the_end else reduction)
-        working = chunk.forward if isinstance(action, Forward) else backward
-        before = Fullest(held, working, of_made())
+        working, whole = (chunk.forward, gathered[0]) if is_forward else (backward, gathered[1])
+        before = Fullest(held, working, of_made(), whole)
         held -= _freed(action, chunk)
         made |= {action.chunk} if isinstance(action, Backward | BackwardWeight) else set()
-        after = Fullest(held, working, of_made())
+        at_the_end = working if is_forward else max(working, chunk.table + reduction)
+        after = Fullest(held, at_the_end, of_made(), whole)
         most = max(most, before, after, key=sum)
-    return max(most, Fullest(held, reduction, gradients), key=sum)
+    return max(most, Fullest(held, reduction, gradients, gathered[1]), key=sum)
+
+
+def _table_gradients(layout: RankLayout, chunk: int) -> int:
+    """Bytes of an embedding's, and of a head's that is the same table and has waited for it."""
+    share, model = layout.shares[chunk], layout.run.model
+    if not share.has_embedding or layout.run.lora.rank:
+        return 0
+    number = 2 if share.has_head and model.tie_word_embeddings else 1
+    table = padded_vocab_size(model.vocab_size, layout.tp_size) // layout.tp_size * model.hidden_size
+    return number * table * layout.number_bytes
 
 
 def _freed(action: Compute, chunk: ChunkBytes) -> int:

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.run import RunConfig
-from megalite.plan.buckets import bucket_sizes
+from megalite.plan.buckets import REDUCTION_PIECE, bucket_sizes, live_elements
 from megalite.plan.flight import fullest_moment
 from megalite.plan.layout import RankLayout
 from megalite.plan.owner import gradients_are_let_go, state_bytes
-from megalite.plan.tensors import LocalTensor, tensors_of_rank
+from megalite.plan.tensors import LocalTensor, tensors_of_rank, unread_in_backward
 
 MODEL_STATE = ("weights", "master copy", "gradients", "moments")
 
@@ -33,12 +33,15 @@ def plan_memory(
     sizes = bucket_sizes(layout)
     state = state_bytes(layout, tensors)
     comes_and_goes = state["gradients"] if gradients_are_let_go(layout) else 0
-    reduction = _reduction(layout, tensors, sizes["reduce_bucket_size"])
-    kept, working, there = fullest_moment(layout, device, comes_and_goes, reduction=reduction)
+    reduction = _reduction(layout, tensors, sizes["reduce_bucket_size"], device)
+    whole = _gathered(layout, tensors, sizes)
+    kept, working, there, gathered = fullest_moment(
+        layout, device, comes_and_goes, reduction=reduction, gathered=whole
+    )
     return {
         **state,
         "gradients": state["gradients"] - comes_and_goes + there,
-        "gathered weights": _gathered(layout, tensors, sizes),
+        "gathered weights": gathered,
         "buckets": _buckets(layout, sizes),
         "activations": kept,
         "working set": working,
@@ -46,18 +49,22 @@ def plan_memory(
     }
 
 
-def _gathered(layout: RankLayout, tensors: list[LocalTensor], sizes: Mapping[str, int]) -> int:
-    """ZeRO-3: whole weights in use; all of a rank's in a step, or a module's, small ones and what comes next.
+def _gathered(layout: RankLayout, tensors: list[LocalTensor], sizes: Mapping[str, int]) -> tuple[int, int]:
+    """ZeRO-3: whole weights in use, in forward and in backward, which does not read all tables.
 
-    What no other rank has a part of is used where it lies.
+    All of a rank's in a step, or a module's, small ones and what comes next. What no other rank has a part of
+    is used where it lies.
     """
     tensors = [tensor for tensor in tensors if tensor.num_data_ranks > 1]
     if layout.deepspeed.zero_stage < 3 or not tensors:
-        return 0
+        return 0, 0
     whole = sum(tensor.numel for tensor in tensors)
     if layout.run.parallel.parameter_gathering == "step":
-        return whole * layout.number_bytes
-    return min(sizes["stage3_max_live_parameters"], whole) * layout.number_bytes
+        return whole * layout.number_bytes, whole * layout.number_bytes
+    unread = unread_in_backward(layout)
+    read = [tensor for tensor in tensors if tensor.row.name not in unread]
+    forward, backward = (min(live_elements(each, sizes), whole) for each in (tensors, read))
+    return forward * layout.number_bytes, backward * layout.number_bytes
 
 
 def _buckets(layout: RankLayout, sizes: Mapping[str, int]) -> int:
@@ -69,17 +76,22 @@ def _buckets(layout: RankLayout, sizes: Mapping[str, int]) -> int:
     return number * sizes["reduce_bucket_size"] * layout.number_bytes
 
 
-def _reduction(layout: RankLayout, tensors: list[LocalTensor], bucket: int) -> int:
-    """While a bucket, or a larger tensor, is reduced: its copy in one piece, and the part that is left of it.
+def _reduction(layout: RankLayout, tensors: list[LocalTensor], bucket: int, device: str) -> int:
+    """While a bucket, or a larger tensor, is reduced: its copy in one piece, and the part left of it.
 
-    ZeRO-0 reduces all in one.
+    ZeRO-0 reduces all in one. ZeRO-3 copies no tensor that it reduces by itself and that divides, and leaves
+    the part in its place; on a CPU a piece is on its way, comes, and is summed.
     """
-    trained = [tensor.numel for tensor in tensors if tensor.is_trained]
-    if layout.deepspeed.zero_stage == 0:
-        return sum(trained) * layout.number_bytes
-    piece = max(bucket, *trained)
-    part = piece // layout.num_data_ranks if layout.num_data_ranks > 1 else 0
-    return (piece + part) * layout.number_bytes
+    trained = [tensor for tensor in tensors if tensor.is_trained]
+    stage, ranks = layout.deepspeed.zero_stage, layout.num_data_ranks
+    if stage == 0:
+        return sum(tensor.numel for tensor in trained) * layout.number_bytes
+    copied = [t.numel for t in trained if stage < 3 or t.numel % t.num_data_ranks]
+    whole = max(bucket, *copied, 0)
+    if stage == 3 and device == "cpu":
+        piece = min(max(bucket, *(tensor.numel for tensor in trained), 0), REDUCTION_PIECE)
+        return (whole + (2 * piece + piece // ranks if ranks > 1 else 0)) * layout.number_bytes
+    return (whole + (whole // ranks if ranks > 1 else 0)) * layout.number_bytes
 
 
 def _communication(layout: RankLayout) -> int:

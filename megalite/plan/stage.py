@@ -26,6 +26,7 @@ class StageSize:
         trained_products: of `products` the ones that get a gradient.
         trained: numbers that get a gradient, experts among them.
         table: of the embedding's or the head's table, where it is here.
+        tables: numbers of the tables of embedding and head.
         num_tables, ends: tables of embedding and head that get a gradient; all such numbers not in layers.
     """
 
@@ -38,6 +39,7 @@ class StageSize:
     trained_products: int = 0
     trained: int = 0
     table: int = 0
+    tables: int = 0
     num_tables: int = 0
     ends: int = 0
 
@@ -89,7 +91,7 @@ def _cached_stage_size(
     is_one_table = model.tie_word_embeddings and (share.has_embedding or share.has_other_end)
     tables = share.has_embedding + (share.has_head and not is_one_table)
     ends = tables * table + share.has_head * model.hidden_size
-    sizes = StageSize(dense=ends, table=table if share.has_head else 0)
+    sizes = StageSize(dense=ends, table=table if share.has_head else 0, tables=tables * table)
     if not lora[0]:
         sizes += StageSize(trained=ends, num_tables=tables, ends=ends)
     return layers + sizes

@@ -62,6 +62,13 @@ def _table(model: ModelConfig) -> tuple[TensorRow, ...]:
     return tuple(model_table(model))
 
 
+def unread_in_backward(layout: RankLayout) -> set[str]:
+    """Tables that backward needs no numbers of; a head whose losses stay apart computes logits again."""
+    if layout.run.task != "prefer":
+        return {EMBEDDING, HEAD}
+    return set() if layout.run.model.tie_word_embeddings else {EMBEDDING}
+
+
 def modules_of(tensors: Iterable[LocalTensor]) -> Iterator[list[LocalTensor]]:
     """The tensors that are gathered together: of one module, such as query, key and value."""
     modules: dict[str, list[LocalTensor]] = {}

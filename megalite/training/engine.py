@@ -15,6 +15,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.comm import coalesced_collectives
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import nn
@@ -32,6 +33,8 @@ from megalite.parallel.topology import DATA_AXES, MODEL_AXES
 from megalite.training.eager_hooks import leave_compiler_out
 from megalite.training.masters import share_masters, update_from_partitions
 from megalite.training.precision import TORCH_DTYPES
+from megalite.training.reduction import by_pieces
+from megalite.training.unread import leave_unread_weights
 from megalite.training.zero import (
     clear_gradients,
     inner_optimizer,
@@ -46,6 +49,7 @@ EXPERTS = "experts"  # our name in DeepSpeed's tables of groups
 Refuses = Callable[[float], bool]
 NO_SIZES: Mapping[str, int] = {}
 NEVER_RELEASED = int(1e15)  # elements: a reuse distance that no model reaches
+SHIPPED_REDUCE_SCATTER = coalesced_collectives._torch_reduce_scatter_fn
 TESTED_VERSION = (0, 19, 8)  # its inside is patched here and read in zero.py: others of 0.19 may follow
 
 
@@ -67,6 +71,7 @@ def initialize_communication() -> None:
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     # It decorates its Muon, which no recipe uses, with torch.compile: every start would import the compiler.
     deepspeed.runtime.compiler.compile = lambda: lambda function: function
+    coalesced_collectives._torch_reduce_scatter_fn = by_pieces(SHIPPED_REDUCE_SCATTER)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
 
 
@@ -188,6 +193,7 @@ class StageEngine:
         backwards of several micro batches interleave, the trace never fits, and without it DeepSpeed
         neither prefetches nor keeps parameters that are soon needed again.
         """
+        leave_unread_weights(self.module)
         self.optimizer.parameter_offload.fwd_pre_hook.remove()
         # The trace's check that all ranks agree speaks to the whole world in the middle of a forward,
         # while later stages still wait for their input: ask only the ranks that share the partitions.

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from megalite.optimizer.slices import MasterSlice
+from megalite.training.unread import shape_alone
 
 
 def inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -126,14 +127,11 @@ def _searches(scaler: Any) -> bool:
 
 @contextmanager
 def with_shapes(optimizer: Any, parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let parameters take a gradient though ZeRO-3 has not gathered them: its shape is what counts.
-
-    The numbers are one zero, repeated without memory: nobody may read them.
-    """
+    """Let parameters take a gradient though ZeRO-3 has not gathered them: its shape is what counts."""
     partitioned: Any = parameters if is_stage3(optimizer) else []
     released = [(p, p.data) for p in partitioned if p.shape != p.ds_shape]
-    for parameter, nothing in released:
-        parameter.data = nothing.new_zeros(1).expand(parameter.ds_shape)
+    for parameter, _ in released:
+        parameter.data = shape_alone(parameter)
     try:
         yield
     finally:

@@ -107,8 +107,8 @@ def test_a_schedule_keeps_so_many_micro_batches(schedule, most):
 @pytest.mark.parametrize(
     ("gradients", "expected"),
     [
-        (500, (1000, 20, 0)),  # at the end of forward, when there are none yet
-        (5000, (0, 10, 5000)),  # at the end of backward, when nothing else is left
+        (500, (1000, 20, 0, 0)),  # at the end of forward, when there are none yet
+        (5000, (0, 10, 5000, 0)),  # at the end of backward, when nothing else is left
     ],
 )
 def test_one_micro_batch_has_gradients_when_its_activations_are_gone(gradients, expected):
@@ -116,7 +116,7 @@ def test_one_micro_batch_has_gradients_when_its_activations_are_gone(gradients, 
     layout = layout_of(1, stage=1, samples=1)
     assert fullest_moment(layout, "cpu", gradients, [chunk]) == expected
     several = layout_of(1, stage=1, samples=2)
-    assert fullest_moment(several, "cpu", gradients, [chunk]) == (1000, 20, gradients)
+    assert fullest_moment(several, "cpu", gradients, [chunk]) == (1000, 20, gradients, 0)
 
 
 def test_recomputation_and_long_samples_keep_less():
