@@ -38,9 +38,12 @@ def run_distributed(
             )
             for rank in range(world_size)
         ]
-        for process in ranks:
-            process.start()
-        _join(ranks, timeout_seconds + 10)
+        try:
+            for process in ranks:
+                process.start()
+            _join(ranks, timeout_seconds + 10)
+        finally:
+            _end(ranks)
         return [_result(Path(folder), rank, process) for rank, process in enumerate(ranks)]
 
 
@@ -75,7 +78,7 @@ def _rank_main(
 
 
 def _join(ranks: list[Any], timeout_seconds: float) -> None:
-    """Wait for all; when one fails, give the others a moment to say why, then end them."""
+    """Wait for all; when one fails, give the others a moment to say why."""
     patience = timeout_seconds
     pending = list(ranks)
     while pending and patience > 0:
@@ -84,9 +87,14 @@ def _join(ranks: list[Any], timeout_seconds: float) -> None:
         if any(process.exitcode for process in ranks):
             patience = min(patience, 5)
         pending = [process for process in pending if process.is_alive()]
-    for process in pending:
-        process.kill()
-        process.join()
+
+
+def _end(ranks: list[Any]) -> None:
+    """Also where somebody interrupts the test: none is to stay behind."""
+    for process in ranks:
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 def _result(folder: Path, rank: int, process: Any) -> Any:

@@ -20,6 +20,7 @@ from megalite.kernels.products import PRODUCTS, MatrixProducts, has_onednn, prod
 from megalite.kernels.rotation import Rotation, rotate, rotate_by_formula
 
 AUTO = "auto"
+LEAST_FOR_VARLEN = (8, 0)  # compute capability of FlashAttention's kernels, A100's
 
 
 class KernelError(UserError):
@@ -125,6 +126,11 @@ def _attention(name: str, device: torch.device, kept_tokens: int | None) -> Atte
         raise KernelError(
             f"kernels.attention varlen needs a GPU and torch 2.13, and this run is on {device.type} with "
             f"torch {torch.__version__}: use kernels.attention=auto"
+        )
+    if name == "varlen" and torch.cuda.get_device_capability(device) < LEAST_FOR_VARLEN:
+        raise KernelError(
+            "kernels.attention varlen needs a GPU of compute capability {}.{}, and this one has {}.{}: use "
+            "kernels.attention=auto".format(*LEAST_FOR_VARLEN, *torch.cuda.get_device_capability(device))
         )
     if kept_tokens is None:
         return ATTENTIONS[name]

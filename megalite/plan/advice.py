@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
+from megalite.plan.cut import balanced_cut, with_layers
 from megalite.plan.interval import CheckpointPlan
 from megalite.plan.job import Job
-from megalite.plan.step_time import StepTime
+from megalite.plan.step_time import StepTime, step_time
 
 MUCH_WAITING, MUCH_TALKING, MUCH_AGAIN, MUCH_LOST = 0.15, 0.25, 0.15, 0.05  # of a step, of a run
+MUCH_GAINED = 0.03
 
 
 def advice(
@@ -53,6 +55,13 @@ def _of_waiting(job: Job, step: StepTime) -> Iterator[str]:
         yield (
             f"stages wait {step.bubble_fraction:.0%} of the time, with {m} micro batches for {p} stages: use "
             "a smaller parallel.pp_size, more micro batches, or parallel.pipeline_schedule=interleaved or zbv"
+        )
+    layers = balanced_cut(job) if job.run.parallel.pp_size > 1 else []
+    gain = step.total / step_time(with_layers(job, layers)).total - 1 if layers else 0.0
+    if gain > MUCH_GAINED:
+        yield (
+            f"stages are not equal, embedding and head counted: a step is {gain:.0%} faster with "
+            f"parallel.layers_per_stage=[{','.join(map(str, layers))}]"
         )
 
 

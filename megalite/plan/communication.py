@@ -6,7 +6,8 @@ node are not slower.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 from typing import Literal
 
@@ -190,15 +191,26 @@ def _tensor_flows(job: Job, share: StageShare) -> Iterator[Flow]:
         if again > 1:
             yield flow("all-reduce", "backward_input", 2 * layers)
         return
+    of_rows = partial(_in_pieces, number=2 * layers, pieces=parallel.row_overlap_chunks)
     yield flow("all-gather", "forward", 2 * layers + share.has_head)
-    yield flow("reduce-scatter", "forward", 2 * layers + ends)
-    yield flow("all-gather", "backward_input", 2 * layers + share.has_embedding)  # of row layers
+    yield from of_rows(flow("reduce-scatter", "forward", 1))
+    yield flow("reduce-scatter", "forward", ends)
+    yield from of_rows(flow("all-gather", "backward_input", 1))
+    yield flow("all-gather", "backward_input", share.has_embedding)
     yield flow("reduce-scatter", "backward_input", 2 * layers, True)
     if parallel.weight_gradient_input == "gather" or not job.splits_backward:
         yield flow("all-gather", "backward_weight", 2 * layers, not job.splits_backward)  # inputs again
     if again > 1:
         yield flow("all-gather", "backward_input", 2 * layers)
         yield flow("reduce-scatter", "backward_input", 2 * layers)
+
+
+def _in_pieces(call: Flow, number: int, pieces: int) -> Iterator[Flow]:
+    """So many calls, each in pieces, which products hide but for one."""
+    piece = replace(call, size_bytes=call.size_bytes / pieces)
+    yield replace(piece, num_calls=number)
+    if pieces > 1:
+        yield replace(piece, num_calls=number * (pieces - 1), is_hidden=True)
 
 
 def _context_flows(job: Job, size: StageSize) -> Iterator[Flow]:

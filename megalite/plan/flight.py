@@ -92,7 +92,7 @@ def fullest_moment(
         layout.placement.num_chunks,
     )
     orders, _ = orders_of(*sizes)
-    trained = [rank_size(layout.run, [share]).trained for share in layout.shares]
+    trained = _trained(layout)
     held, made, most = 0, set[int](), Fullest(0, 0, 0)
 
     def of_made() -> int:
@@ -110,6 +110,18 @@ def fullest_moment(
         after = Fullest(held, at_the_end, of_made(), whole)
         most = max(most, before, after, key=sum)
     return max(most, Fullest(held, reduction, gradients, gathered[1]), key=sum)
+
+
+def _trained(layout: RankLayout) -> list[int]:
+    """Numbers that each chunk's first backward makes gradients of: the head's, where it shares its table."""
+    sizes = [rank_size(layout.run, [share]) for share in layout.shares]
+    trained = [size.trained for size in sizes]
+    if layout.run.model.tie_word_embeddings and not layout.run.lora.rank:
+        for chunk, share in enumerate(layout.shares):
+            if share.has_head and share.has_other_end:
+                trained[chunk] += sizes[chunk].table
+                trained[[other.has_embedding for other in layout.shares].index(True)] -= sizes[chunk].table
+    return trained
 
 
 def _table_gradients(layout: RankLayout, chunk: int) -> int:

@@ -143,6 +143,13 @@ def test_a_kernel_that_cannot_train_here_is_refused():
         choose_kernels("flex", "auto", CPU)
 
 
+def test_varlen_wants_a_gpu_that_has_flash_attention(monkeypatch):
+    pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(KernelError, match=r"needs a GPU of compute capability 8\.0, .* has 7\.5:"):
+        choose_kernels("varlen", "auto", torch.device("cuda"))
+
+
 def test_probabilities_are_kept_up_to_a_length():
     """What autograd holds for backward: query, key, value, and the probabilities of 16 tokens or not."""
     query, key, value = drawn(2, 4, 16, 8), drawn(2, 2, 16, 8, seed=1), drawn(2, 2, 16, 8, seed=2)

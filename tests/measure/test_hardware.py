@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from megalite.kernels.products import PRODUCTS, MatrixProducts
+from megalite.measure import hardware
 from megalite.measure.hardware import known_peak, peak_flops_per_second
 
 
@@ -56,3 +58,18 @@ def test_a_cpu_is_measured_with_the_threads_in_use():
     assert 1e9 < peak.flops_per_second < 1e14
     assert "measured with a float32 matrix product" in peak.source
     assert f"on {torch.get_num_threads()} thread" in peak.source
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_cpu_s_peak_is_that_of_the_product_that_layers_take(monkeypatch, name):
+    """Else a share of it could exceed one: see docs/performance.md."""
+    taken = []
+
+    def watched(left, right):
+        taken.append(name)
+        return torch.mm(left, right)
+
+    monkeypatch.setitem(hardware.PRODUCTS, name, MatrixProducts(output=watched))
+    monkeypatch.setattr(hardware, "products_of", lambda device: name)
+    peak_flops_per_second(torch.device("cpu"), torch.float32)
+    assert set(taken) == {name}

@@ -13,11 +13,13 @@ from megalite.config.section import ConfigError
 from megalite.measure.hardware import PEAK_TFLOPS
 from megalite.model.flops import flops_per_token, num_parameters
 from megalite.plan.communication import Flow, data_flows, stage_flows
+from megalite.plan.cut import balanced_cut, with_layers
 from megalite.plan.interval import checkpoint_plan, daly_interval, young_interval
 from megalite.plan.job import Job, check_job
 from megalite.plan.page import page_of
 from megalite.plan.plan import make_plan
 from megalite.plan.stage import rank_size, stage_size
+from megalite.plan.step_time import step_time
 from megalite.plan.work import stage_seconds
 
 DEVICES = Path(__file__).parents[2] / "configs" / "devices"
@@ -242,6 +244,40 @@ def test_what_does_not_fit_and_what_is_slow_is_told_with_its_remedy():
     assert not plan.fits and plan.warnings[0].startswith("does not fit: pipeline rank")
     assert "stages wait" in told and "with 2 micro batches for 4 stages" in told
     assert all(": " in line and "\n" not in line for line in plan.warnings)
+
+
+def test_stages_that_are_not_equal_get_layers_so_that_they_are():
+    """A table of 6.4 layers makes the last stage the slowest: 7 layers and 1 with it are 7 and 7.4."""
+    job = job_of("pp_size=2", "model.vocab_size=4096", batch=1024)
+    layers = balanced_cut(job)
+    assert layers == [7, 1]
+    faster = step_time(with_layers(job, layers)).total / step_time(job).total
+    told = [line for line in make_plan(job).warnings if "layers_per_stage" in line]
+    assert len(told) == 1 and told[0].endswith("parallel.layers_per_stage=[7,1]")
+    assert f"a step is {1 / faster - 1:.0%} faster" in told[0] and faster < 0.97
+    equal = make_plan(with_layers(job, layers))
+    assert not [line for line in equal.warnings if "layers_per_stage" in line]
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zbv", "interleaved"])
+def test_a_balanced_cut_is_a_cut_of_the_same_model(schedule):
+    job = job_of("pp_size=2", f"pipeline_schedule={schedule}", batch=64)
+    layers = balanced_cut(job)
+    check_job(with_layers(job, layers))
+    assert sum(layers) == 8 and min(layers) > 0
+    assert balanced_cut(with_layers(job, layers)) == layers
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 4])
+def test_a_row_layer_in_pieces_sends_as_much_and_hides_all_but_one(pieces):
+    job = job_of("tp_size=2", f"row_overlap_chunks={pieces}", per_node=2)
+    share = job.shares(0)[0]
+    flows = stage_flows(job, share)
+    whole = stage_flows(job_of("tp_size=2", per_node=2), share)
+    assert sent(flows) == pytest.approx(sent(whole))
+    scattered = [f for f in flows if (f.kind, f.phase) == ("reduce-scatter", "forward")]
+    calls = {hidden: sum(f.num_calls for f in scattered if f.is_hidden == hidden) for hidden in (True, False)}
+    assert calls == {True: 2 * 8 * (pieces - 1), False: 2 * 8 + 2}
 
 
 def test_the_page_is_aligned_and_the_json_whole():
