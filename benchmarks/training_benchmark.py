@@ -1,11 +1,12 @@
 """Optimizer steps of the 39M model on two cores: 8 samples of 512 tokens in 2 micro batches (4 in a pipeline,
 one where two ranks share the samples). A figure is the share of the rate of torch's matrix product on these
 cores, taken beside each step, that is model FLOPs: 6 per matmul parameter and 12 x layers x hidden x sequence
-for attention, per token. Peers take turns with it, each with torch's fused AdamW: transformers' Llama in a
-plain loop on 2 threads, in DDP, or in DeepSpeed's engine with the same settings, and picotron from a checkout
-(PICOTRON=FOLDER), which has no ZeRO, no clipping and no tied head. Weights of the plain loop are in bf16
-where it says bf16. Two processes, and four, have a thread in each. With ZB-H1 and ZBV the rank with the head
-has two layers fewer (`parallel.layers_per_stage`). Brackets hold the middle half of five rounds.
+for attention, per token. Peers take turns with it, in processes of their own, each with torch's fused AdamW:
+transformers' Llama in a plain loop on 2 threads, in DDP, or in DeepSpeed's engine with the same settings, and
+picotron from a checkout (PICOTRON=FOLDER), which has no ZeRO, no clipping and no tied head. Weights of the
+plain loop are in bf16 where it says bf16. Two processes, and four, have a thread in each. With ZB-H1 and ZBV the
+rank with the head has two layers fewer (`parallel.layers_per_stage`). Brackets hold the middle half of five
+rounds.
 """
 
 import statistics
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from benchmarks import picotron_peer
 from benchmarks.measurement import Measurement, middle_half
 from benchmarks.samples import random_samples
-from benchmarks.world import in_world
+from benchmarks.turns import in_turns
 from megalite.batch import Batch
 from megalite.config.deepspeed import deepspeed_config_from
 from megalite.config.load import load_run
@@ -109,16 +110,16 @@ def measure() -> list[Measurement]:
 
 def measured(row: Row) -> Measurement:
     """Shares of the ceiling, and where there is a peer the advantage over it, round by round."""
-    rounds = in_world(row.world_size, partial(rounds_of, row))
-    ceiling = sum(statistics.median(rank["ceiling"]) for rank in rounds)
+    bodies = {"ours": partial(made, row, None)} | (
+        {"theirs": partial(made, row, row.peer)} if row.peer else {}
+    )
+    turns = in_turns(row.world_size, bodies, ROUNDS)
+    # A step ends on all ranks together, but for the last instructions of each.
+    seconds = {name: [max(turn)[0] for turn in zip(*ranks, strict=True)] for name, ranks in turns.items()}
+    rates = [[rate for ranks in turns.values() for _, rate in ranks[rank]] for rank in range(row.world_size)]
+    ceiling = sum(map(statistics.median, rates))
     flops = flops_per_token(run_of(row).model, run_of(row).data.seq_length)
     work = SAMPLES * run_of(row).data.seq_length * flops
-    # A step ends on all ranks together, but for the last instructions of each.
-    seconds = {
-        name: [max(step) for step in zip(*(rank[name] for rank in rounds), strict=True)]
-        for name in rounds[0]
-        if name != "ceiling"
-    }
     print(f"{row.name}: ceiling {ceiling / 1e9:.1f} GFLOP/s, seconds {seconds}", file=sys.stderr, flush=True)
     share = {name: work / statistics.median(steps) / ceiling for name, steps in seconds.items()}
     if row.peer is None:
@@ -134,30 +135,25 @@ def run_of(row: Row) -> RunConfig:
     return load_run(str(CONFIG), overrides)
 
 
-def rounds_of(row: Row) -> dict[str, list[float]]:
-    """Of this rank: seconds of our steps and of the peer's, in turns, and FLOP/s of products beside them."""
+def made(row: Row, peer: str | None) -> Callable[[], tuple[float, float]]:
+    """A step of ours or of a peer, as what gives its seconds, and FLOP/s of products beside it, here."""
     torch.set_num_threads(max(1, CORES // row.world_size))
     run = run_of(row)
-    bodies: dict[str, Callable[[], float]] = {"ours": our_step(row, run)}
-    if row.peer is not None:
-        bodies["theirs"] = peer_step(row, run)
-    for body in bodies.values():
-        for _ in range(UNTIMED):  # moments are born, and ZeRO-3 learns in what order weights are used
-            body()
-    rounds: dict[str, list[float]] = {name: [] for name in [*bodies, "ceiling"]}
-    for _ in range(ROUNDS):
-        for name, body in bodies.items():
-            rounds[name].append(_seconds_of(body))
-            rounds["ceiling"].append(_product_rate(row.precision))
-    return rounds
+    step = our_step(row, run) if peer is None else peer_step(row, run)
+    for _ in range(UNTIMED):  # moments are born, and ZeRO-3 learns in what order weights are used
+        step()
+    return lambda: (_seconds_of(step), _product_rate(row.precision))
 
 
 def our_step(row: Row, run: RunConfig) -> Callable[[], float]:
     """An optimizer step of megalite on this rank's samples."""
+    from megalite.training.memory import settle_memory
     from megalite.training.trainer import StageTrainer, build_context
 
     context = build_context(run, dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    trainer = StageTrainer(run, deepspeed_config_from(row.deepspeed, "the benchmark"), context)
+    deepspeed = deepspeed_config_from(row.deepspeed, "the benchmark")
+    settle_memory(run, deepspeed, context, row.world_size)  # as the launcher does
+    trainer = StageTrainer(run, deepspeed, context)
     batches = _batches(run, row, context["dp"].rank)
     return lambda: trainer.train_step(batches, run.optimizer.learning_rate).loss
 

@@ -2,26 +2,44 @@
 
 glibc keeps freed memory in its heap, and blocks of up to 32 MiB go there. torch asks for aligned blocks,
 which glibc before 2.38 hardly uses again once freed: a process then holds several times what is alive in it.
-A block that is mapped for itself is unmapped when it is freed; the price is that the system zeroes its pages.
+A block that is mapped for itself is unmapped when it is freed; the price is that the system zeroes its pages
+whenever one is asked for: a tenth of a step or more.
 """
 
 import ctypes
 import sys
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
+_NEVER, _AHEAD = 2**31 - 1, 64 << 20  # bytes
+KEEP = {_M_MMAP_THRESHOLD: _NEVER, _M_TRIM_THRESHOLD: _NEVER, _M_TOP_PAD: _AHEAD}
+MAPPED_BLOCK_MIB = 4
+ROOM = 4  # times what is planned: kept blocks were found to take up to 1.6 times as much
 
 
-def map_large_blocks(threshold_bytes: int) -> bool:
-    """Let blocks of so many bytes and more be mapped each; False where the C library has no such choice.
+def mapped_block_mib(stated: int | None, planned_bytes: int, node_bytes: int) -> int:
+    """MiB from which on blocks go back when they are freed; 0 for none, which is faster and takes more.
 
-    For the rest of the process; blocks that are there stay as they are.
+    stated: by the configuration; None goes by what is planned for all ranks of a node, and its memory.
     """
+    if stated is not None:
+        return stated
+    return 0 if ROOM * planned_bytes <= node_bytes else MAPPED_BLOCK_MIB
+
+
+def settle_blocks(mib: int) -> bool:
+    """Let blocks of so many MiB and more be mapped each, or with 0 keep all that are freed to use them again.
+
+    For the rest of the process; blocks that are there stay as they are. False where the C library has no such
+    choice.
+    """
+    threshold = mib << 20
+    return _set({_M_MMAP_THRESHOLD: threshold, _M_TRIM_THRESHOLD: threshold} if mib else KEEP)
+
+
+def _set(settings: dict[int, int]) -> bool:
+    """Either threshold switches off glibc's own rule, by which both follow the largest block freed so far."""
     libc = _glibc()
-    if libc is None:
-        return False
-    # Either switches off glibc's own rule, by which the first is raised to the largest block freed so far.
-    settings = {_M_MMAP_THRESHOLD: threshold_bytes, _M_TRIM_THRESHOLD: threshold_bytes}
-    return all(libc.mallopt(name, value) for name, value in settings.items())
+    return libc is not None and all(libc.mallopt(name, value) for name, value in settings.items())
 
 
 def give_back() -> None:

@@ -1,10 +1,13 @@
 """How much memory this rank uses: of its GPU, or of the process on a CPU."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import torch
 
+_CGROUP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc(5): VmHWM begins again with what there is now
 
@@ -25,6 +28,21 @@ def begin_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR.exists():
         _CLEAR.write_text(_RESET_PEAK)
+
+
+def node_bytes() -> int:
+    """Memory of this machine, or as much of it as the control group of this process may have."""
+    return min([psutil.virtual_memory().total, *_limits()])
+
+
+def _limits() -> Iterator[int]:
+    """Of its control group and those around it (cgroup v2)."""
+    own = re.search(r"^0::/(.*)$", _CGROUP.read_text(), re.MULTILINE) if _CGROUP.exists() else None
+    folder = _CGROUPS / own[1] if own else _CGROUPS
+    for place in (folder, *folder.parents):
+        limit = place / "memory.max"
+        if place.is_relative_to(_CGROUPS) and limit.exists() and limit.read_text().strip().isdigit():
+            yield int(limit.read_text())
 
 
 def _status(name: str) -> int:

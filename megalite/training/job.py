@@ -15,7 +15,7 @@ from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.run import RunConfig
 from megalite.exit_status import FINISHED, NO_PROGRESS, STOPPED, STORAGE
 from megalite.files import write_text
-from megalite.measure.allocator import give_back, map_large_blocks
+from megalite.measure.allocator import give_back
 from megalite.measure.hardware import peak_flops_per_second
 from megalite.measure.memory import SteadyPeak
 from megalite.measure.memory_table import (
@@ -40,7 +40,7 @@ from megalite.training.environment import Environment, node_name
 from megalite.training.evaluation import LiveEvaluation
 from megalite.training.guard import Guard
 from megalite.training.loop import train
-from megalite.training.memory import state_of_engine
+from megalite.training.memory import settle_memory, state_of_engine
 from megalite.training.node_disk import open_disk
 from megalite.training.output import make_folder, write_configs
 from megalite.training.places import Place, hang_watch
@@ -106,8 +106,7 @@ def train_together(
     on_rank_0(context.rank, lambda: make_folder(run.output_dir))
     every_steps = run.logging.evaluate_every_steps
     evaluation = LiveEvaluation(run, environment.rank, report) if every_steps else None
-    if device.type == "cpu" and run.memory.mapped_block_mib:
-        map_large_blocks(run.memory.mapped_block_mib << 20)
+    settle_memory(run, deepspeed, context, environment.local_world_size)
     peak = SteadyPeak(device)
     trainer = StageTrainer(run, deepspeed, context, kernels=kernels)
     checkpoints = Checkpoints(run, deepspeed, context.rank, report, data.description, newest, disk)

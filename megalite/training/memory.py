@@ -1,12 +1,31 @@
-"""What lies in an engine, in bytes by name: the measured side of plan/memory.py."""
+"""What lies in an engine, in bytes by name, the measured side of plan/memory.py; where freed blocks go."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from megalite.config.deepspeed import DeepSpeedConfig
+from megalite.config.run import RunConfig
+from megalite.measure.allocator import mapped_block_mib, settle_blocks
+from megalite.measure.memory import node_bytes
+from megalite.parallel.context import ParallelContext
+from megalite.plan.memory import plan_memory
 from megalite.training.engine import StageEngine
 from megalite.training.zero import inner_optimizer, is_stage3
+
+
+def settle_memory(
+    run: RunConfig, deepspeed: DeepSpeedConfig, context: ParallelContext, local_world_size: int
+) -> None:
+    """On a CPU, before a trainer is made: whether freed blocks go back to the system, for the whole process.
+
+    local_world_size: ranks on this node.
+    """
+    if context.device.type != "cpu":
+        return
+    planned = sum(plan_memory(run, deepspeed, context.topology.world_size, context.rank).values())
+    settle_blocks(mapped_block_mib(run.memory.mapped_block_mib, planned * local_world_size, node_bytes()))
 
 
 def state_of_engine(engine: StageEngine) -> dict[str, int]:
