@@ -4,9 +4,9 @@ cores, taken beside each step, that is model FLOPs: 6 per matmul parameter and 1
 for attention, per token. Peers take turns with it, in processes of their own, each with torch's fused AdamW:
 transformers' Llama in a plain loop on 2 threads, in DDP, or in DeepSpeed's engine with the same settings, and
 picotron from a checkout (PICOTRON=FOLDER), which has no ZeRO, no clipping and no tied head. Weights of the
-plain loop are in bf16 where it says bf16. Two processes, and four, have a thread in each. With ZB-H1 and ZBV the
-rank with the head has two layers fewer (`parallel.layers_per_stage`). Brackets hold the middle half of five
-rounds.
+plain loop are in bf16 where it says bf16. Two processes, and four, have a thread in each. With ZB-H1 and ZBV
+the rank with the head has two layers fewer (`parallel.layers_per_stage`). Brackets hold the middle half of
+five rounds.
 """
 
 import statistics
@@ -81,7 +81,7 @@ H = f"{PP2} {SCHEDULE}zb-h1 parallel.layers_per_stage=[7,5]"
 V = f"{PP2} {SCHEDULE}zbv parallel.layers_per_stage=[3,4,3,2]"
 PIPELINE = partial(Row, zero=3, num_micro_batches=4, peer="picotron")
 ROWS = (
-    Row("one process, fp32, against transformers", 1, peer="plain"),
+    Row("one process, fp32, against transformers", 1, zero=0, peer="plain"),
     Row("one process, bf16, against transformers", 1, "bf16", peer="plain"),
     Row("dp 2, ZeRO-1, fp32, against DDP", 2, num_micro_batches=1, peer="ddp"),
     Row("dp 2, ZeRO-1, fp32, against DeepSpeed", 2, num_micro_batches=1, peer="deepspeed"),

@@ -166,8 +166,7 @@ class StageEngine:
         if config.zero_stage == 3:
             update_from_partitions(self.optimizer)
             self._own_the_trace()
-        if context["ep"].size > 1:
-            self.optimizer._get_norm_groups = self._norm_of_partitions
+        self._own_the_reductions()
         self._put_a_gate_before_the_update()
 
     @property
@@ -200,6 +199,15 @@ class StageEngine:
         partitioned_param_coordinator.assert_ints_same_as_other_ranks = _agreement_check(
             self.context[DATA_AXES].group
         )
+
+    def _own_the_reductions(self) -> None:
+        """Sums over ranks that DeepSpeed takes otherwise, or that have nothing to add."""
+        if self.context["ep"].size > 1:
+            self.optimizer._get_norm_groups = self._norm_of_partitions
+        if self.context[DATA_AXES].size == 1:
+            # At ZeRO-0, and in bf16 with fp32 gradients, one rank's are put in one piece, rounded to bf16, and
+            # copied back.
+            self.engine.buffered_allreduce_fallback = _reduce_nothing
 
     def begin_step(self) -> None:
         """Call before each optimizer step."""
@@ -434,6 +442,10 @@ def _restore_buffers(module: nn.Module, state: dict[str, torch.Tensor], device: 
         spec = spec_of(buffer)
         module.get_submodule(owner)._buffers[own_name] = kept = buffer.to(device)
         kept.spec = spec  # type: ignore[attr-defined]
+
+
+def _reduce_nothing(**options: Any) -> None:
+    """In place of DeepSpeed's reduction among one."""
 
 
 def _release_nothing() -> None:

@@ -2,6 +2,7 @@
 
 import time
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from benchmarks.turns import in_turns
@@ -30,5 +31,5 @@ def test_bodies_take_turns_and_give_a_result_for_each_round_and_rank(tmp_path):
     rows = sorted(line.split() for line in (tmp_path / "log").read_text().splitlines())
     turns = [rows[at : at + 2] for at in range(0, len(rows), 2)]
     assert [{name for *_, name in turn} for turn in turns] == [{"ours"}, {"theirs"}] * 4
-    for before, after in zip(turns, turns[1:], strict=False):
+    for before, after in pairwise(turns):
         assert max(float(row[1]) for row in before) <= min(float(row[0]) for row in after)
