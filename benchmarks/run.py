@@ -60,10 +60,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{module.TITLE}, against {module.PEER}\n\n{table(measurements, module.PEER)}\n", flush=True)
         publish(arguments.page, name, module, measurements)
         found[name] = [{**m._asdict(), "advantage": m.advantage} for m in measurements]
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"machine": _machine(), **found}, indent=2) + "\n", encoding="utf-8"
-        )
+        if arguments.json:  # after each, since all take hours
+            told = json.dumps({"machine": _machine(), **found}, indent=2)
+            arguments.json.write_text(told + "\n", encoding="utf-8")
     print(f"wrote {arguments.page}")
     return 0
 

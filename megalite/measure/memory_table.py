@@ -55,15 +55,19 @@ def describe_plan(rank: int, plan: Mapping[str, int]) -> str:
     return f"memory   {_mib(sum(plan.values()))} MiB planned for rank {rank}: {parts or 'under 1 MiB each'}"
 
 
-def describe_memory(ranks: Sequence[RankMemory]) -> str:
-    """A table of the rank that took most, at the end of a run."""
+def describe_memory(ranks: Sequence[RankMemory], *, keeps_blocks: bool = False) -> str:
+    """A table of the rank that took most, at the end of a run.
+
+    keeps_blocks: whether freed blocks stay with the process, so that its peak is more than what was alive.
+    """
     most = max(ranks, key=lambda rank: rank.peak)
     rows = [(name, _mib(size), _found(most, name)) for name, size in most.planned.items()]
     rows.append(("in all, at the peak", _mib(sum(most.planned.values())), _mib(most.peak)))
     lines = [f"  {name:<20}{planned:>9}{found:>10}" for name, planned, found in rows]
     head = f"memory of rank {most.rank}, MiB"
-    after = f"  beside it {_mib(most.at_start)} MiB of libraries and data, from before the model was made"
-    return "\n".join([f"{head:<22}{'planned':>9}{'measured':>10}", *lines, after])
+    after = [f"  beside it {_mib(most.at_start)} MiB of libraries and data, from before the model was made"]
+    after += ["  freed blocks were kept: memory.mapped_block_mib=4 takes less, and longer"] * keeps_blocks
+    return "\n".join([f"{head:<22}{'planned':>9}{'measured':>10}", *lines, *after])
 
 
 def _found(memory: RankMemory, name: str) -> str:

@@ -80,7 +80,8 @@ class Flow:
 def stage_flows(job: Job, share: StageShare) -> list[Flow]:
     """Of one micro batch through one stage: tensor, context and expert parallelism."""
     size = stage_size(job.run, share)
-    return [*_tensor_flows(job, share), *_context_flows(job, size), *_expert_flows(job, size)]
+    flows = [*_tensor_flows(job, share), *_context_flows(job, size), *_expert_flows(job, size)]
+    return [flow for flow in flows if flow.num_calls]
 
 
 def transfer_flow(job: Job) -> Flow:

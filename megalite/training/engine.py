@@ -31,6 +31,7 @@ from megalite.parallel.mpu import ModelParallelUnit
 from megalite.parallel.shard import spec_of
 from megalite.parallel.topology import DATA_AXES, MODEL_AXES
 from megalite.training.eager_hooks import leave_compiler_out
+from megalite.training.first_gradients import begin_with_the_first, clear_unreached
 from megalite.training.masters import share_masters, update_from_partitions
 from megalite.training.precision import TORCH_DTYPES
 from megalite.training.reduction import by_pieces
@@ -201,12 +202,13 @@ class StageEngine:
         )
 
     def _own_the_reductions(self) -> None:
-        """Sums over ranks that DeepSpeed takes otherwise, or that have nothing to add."""
+        """Sums that DeepSpeed takes otherwise, or that have nothing to add."""
+        begin_with_the_first(self.optimizer)
         if self.context["ep"].size > 1:
             self.optimizer._get_norm_groups = self._norm_of_partitions
         if self.context[DATA_AXES].size == 1:
-            # At ZeRO-0, and in bf16 with fp32 gradients, one rank's are put in one piece, rounded to bf16, and
-            # copied back.
+            # At ZeRO-0, and in bf16 with fp32 gradients, one rank's are put in one piece, rounded to the
+            # format of communication, and copied back.
             self.engine.buffered_allreduce_fallback = _reduce_nothing
 
     def begin_step(self) -> None:
@@ -308,6 +310,7 @@ class StageEngine:
         number never is.
         """
         set_learning_rate(self.optimizer.param_groups, learning_rate)
+        clear_unreached(self.optimizer)
         self._sum_tied_gradients()
         self._own_norm = self._gradient_norm() if self.config.zero_stage == 0 else None
         self._refuses, self._takes_step = refuses, None

@@ -106,7 +106,7 @@ def train_together(
     on_rank_0(context.rank, lambda: make_folder(run.output_dir))
     every_steps = run.logging.evaluate_every_steps
     evaluation = LiveEvaluation(run, environment.rank, report) if every_steps else None
-    settle_memory(run, deepspeed, context, environment.local_world_size)
+    keeps_blocks = settle_memory(run, deepspeed, context, environment.local_world_size)
     peak = SteadyPeak(device)
     trainer = StageTrainer(run, deepspeed, context, kernels=kernels)
     checkpoints = Checkpoints(run, deepspeed, context.rank, report, data.description, newest, disk)
@@ -132,7 +132,7 @@ def train_together(
     if metrics:
         metrics.close()
         report(metrics.summary())
-    report(_conclude_memory(run, deepspeed, trainer, peak))
+    report(_conclude_memory(run, deepspeed, trainer, peak, keeps_blocks=keeps_blocks))
     return _end(request, failure, is_reporter)
 
 
@@ -143,7 +143,12 @@ def _mark(marks: Marks, peak: SteadyPeak, place: Place, step: int) -> None:
 
 
 def _conclude_memory(
-    run: RunConfig, deepspeed: DeepSpeedConfig, trainer: StageTrainer, peak: SteadyPeak
+    run: RunConfig,
+    deepspeed: DeepSpeedConfig,
+    trainer: StageTrainer,
+    peak: SteadyPeak,
+    *,
+    keeps_blocks: bool,
 ) -> str:
     """The table of what each byte was for; rank 0 writes all ranks' into the run's folder. Collective."""
     context = trainer.context
@@ -156,7 +161,7 @@ def _conclude_memory(
     if context.rank == 0:
         told = [rank.as_json() for rank in ranks]
         write_text(Path(run.output_dir, MEMORY_FILE), json.dumps({"ranks": told}, indent=1) + "\n")
-    return describe_memory(ranks)
+    return describe_memory(ranks, keeps_blocks=keeps_blocks)
 
 
 def _end(request: Request | None, failure: CheckpointError | None, is_reporter: bool) -> int:

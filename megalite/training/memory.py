@@ -17,15 +17,16 @@ from megalite.training.zero import inner_optimizer, is_stage3
 
 def settle_memory(
     run: RunConfig, deepspeed: DeepSpeedConfig, context: ParallelContext, local_world_size: int
-) -> None:
-    """On a CPU, before a trainer is made: whether freed blocks go back to the system, for the whole process.
+) -> bool:
+    """On a CPU, before a trainer is made: whether freed blocks are kept by this process or go back.
 
     local_world_size: ranks on this node.
     """
     if context.device.type != "cpu":
-        return
+        return False
     planned = sum(plan_memory(run, deepspeed, context.topology.world_size, context.rank).values())
-    settle_blocks(mapped_block_mib(run.memory.mapped_block_mib, planned * local_world_size, node_bytes()))
+    mib = mapped_block_mib(run.memory.mapped_block_mib, planned * local_world_size, node_bytes())
+    return settle_blocks(mib) and mib == 0
 
 
 def state_of_engine(engine: StageEngine) -> dict[str, int]:

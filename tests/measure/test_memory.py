@@ -54,15 +54,14 @@ print((used_bytes(torch.device("cpu")) - start) >> 20, faults[-1])
 """
 
 
-@pytest.mark.parametrize(("mib", "is_kept"), [(1, False), (32, True), (0, True)])
+@pytest.mark.parametrize(("mib", "is_kept"), [(1, False), (0, True)])
 def test_blocks_above_the_threshold_go_back_when_they_are_freed(mib, is_kept):
     """Of 200 MiB in blocks of 2; those that are kept come again without a fault for each page."""
     command = [sys.executable, "-c", FREED, str(mib)]
     out = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, timeout=120).stdout
     held, faults = map(int, out.split())
     assert (held > 20) == is_kept
-    assert faults < 1000 or mib
-    assert faults > 40_000 or mib != 1
+    assert faults < 1000 if is_kept else faults > 40_000
 
 
 def test_blocks_are_kept_where_there_is_much_room():
@@ -93,4 +92,6 @@ def test_the_table_is_of_the_rank_that_took_most():
         ["activations", "50"],
         ["in", "all,", "at", "the", "peak", "150", "141"],
     ]
+    kept = describe_memory(ranks, keeps_blocks=True).splitlines()
+    assert kept[:-1] == lines and "mapped_block_mib=4 takes less" in kept[-1]
     assert describe_plan(1, planned) == "memory   150 MiB planned for rank 1: weights 100, activations 50"
