@@ -1,7 +1,7 @@
 """Five optimizer steps of LiteLlama-460M on two and four ranks of a CPU, ZeRO-3 in fp32, 64 tokens per rank,
-parameters gathered for each micro batch and none ahead: what a rank used at its peak beyond libraries and
-data, from its second step, beside what was planned for it by name; and what of that plan is neither weights,
-gradients, moments nor activations, as a share of these. Four ranks take some minutes on two cores.
+parameters gathered for each micro batch and none ahead, freed blocks given back: what a rank used at its peak
+beyond libraries and data, from its second step, beside what was planned for it by name; and what of that plan
+is neither weights, gradients, moments nor activations, as a share of these.
 """
 
 import json
@@ -21,7 +21,8 @@ PEER = "planned"
 ROOT = Path(__file__).parent.parent
 OVERRIDES = (
     "data.train=null data.seq_length=64 schedule.num_steps=5 schedule.warmup_steps=0 "
-    "parallel.parameter_gathering=micro_batch logging.validate_every_steps=0 checkpoint.save_at_end=false"
+    "parallel.parameter_gathering=micro_batch logging.validate_every_steps=0 checkpoint.save_at_end=false "
+    "memory.mapped_block_mib=4"
 )
 USEFUL = (*MODEL_STATE, "activations")
 

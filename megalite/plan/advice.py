@@ -8,7 +8,7 @@ from megalite.plan.job import Job
 from megalite.plan.step_time import StepTime, step_time
 
 MUCH_WAITING, MUCH_TALKING, MUCH_AGAIN, MUCH_LOST = 0.15, 0.25, 0.15, 0.05  # of a step, of a run
-MUCH_GAINED = 0.03
+MUCH_GAINED = 0.03  # of a step
 
 
 def advice(
@@ -60,8 +60,8 @@ def _of_waiting(job: Job, step: StepTime) -> Iterator[str]:
     gain = step.total / step_time(with_layers(job, layers)).total - 1 if layers else 0.0
     if gain > MUCH_GAINED:
         yield (
-            f"stages are not equal, embedding and head counted: a step is {gain:.0%} faster with "
-            f"parallel.layers_per_stage=[{','.join(map(str, layers))}]"
+            f"stages are not equal, embedding and head counted: a step is {gain:.0%} faster, where memory "
+            f"allows, with parallel.layers_per_stage=[{','.join(map(str, layers))}]"
         )
 
 

@@ -192,18 +192,28 @@ def _tensor_flows(job: Job, share: StageShare) -> Iterator[Flow]:
         if again > 1:
             yield flow("all-reduce", "backward_input", 2 * layers)
         return
-    of_rows = partial(_in_pieces, number=2 * layers, pieces=parallel.row_overlap_chunks)
+    in_pieces = _num_rows_in_pieces(job, share)
+    of_rows = partial(_in_pieces, number=in_pieces, pieces=parallel.row_overlap_chunks)
+    whole = 2 * layers - in_pieces
     yield flow("all-gather", "forward", 2 * layers + share.has_head)
     yield from of_rows(flow("reduce-scatter", "forward", 1))
-    yield flow("reduce-scatter", "forward", ends)
+    yield flow("reduce-scatter", "forward", whole + ends)
     yield from of_rows(flow("all-gather", "backward_input", 1))
-    yield flow("all-gather", "backward_input", share.has_embedding)
+    yield flow("all-gather", "backward_input", whole + share.has_embedding)
     yield flow("reduce-scatter", "backward_input", 2 * layers, True)
     if parallel.weight_gradient_input == "gather" or not job.splits_backward:
         yield flow("all-gather", "backward_weight", 2 * layers, not job.splits_backward)  # inputs again
     if again > 1:
         yield flow("all-gather", "backward_input", 2 * layers)
-        yield flow("reduce-scatter", "backward_input", 2 * layers)
+        yield from of_rows(flow("reduce-scatter", "backward_input", 1))
+        yield flow("reduce-scatter", "backward_input", whole)
+
+
+def _num_rows_in_pieces(job: Job, share: StageShare) -> int:
+    """Row layers whose sums may be scattered so: those without an adapter, of attention and of dense MLPs."""
+    adapted = job.run.lora.targets if job.run.lora.rank else ()
+    dense = len(share.layers) - stage_size(job.run, share).num_expert_layers
+    return len(share.layers) * ("o_proj" not in adapted) + dense * ("down_proj" not in adapted)
 
 
 def _in_pieces(call: Flow, number: int, pieces: int) -> Iterator[Flow]:

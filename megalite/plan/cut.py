@@ -13,15 +13,18 @@ def balanced_cut(job: Job) -> list[int]:
     """Layers of each stage, in the order of the model.
 
     From the job's own cut, one layer at a time goes from the rank that computes longest to the one that does
-    least, as long as the longest gets shorter by it.
+    least, as long as the ranks' times, the longest first, get shorter by it.
     """
     best = _layers(job)
-    longest = max(_rank_seconds(job))
+    times = sorted(_rank_seconds(job), reverse=True)
     while True:
         moved = _with_one_moved(with_layers(job, best), best)
-        if min(moved) < 1 or max(_rank_seconds(with_layers(job, moved))) >= longest:
+        if min(moved) < 1:
             return best
-        best, longest = moved, max(_rank_seconds(with_layers(job, moved)))
+        then = sorted(_rank_seconds(with_layers(job, moved)), reverse=True)
+        if then >= times:
+            return best
+        best, times = moved, then
 
 
 def with_layers(job: Job, layers: list[int]) -> Job:

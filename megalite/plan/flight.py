@@ -15,6 +15,7 @@ from megalite.plan.activations import (
     recomputed_bytes,
 )
 from megalite.plan.layout import RankLayout
+from megalite.plan.owner import reduces_in_the_end
 from megalite.plan.stage import rank_size
 
 
@@ -79,10 +80,10 @@ def fullest_moment(
 
     gradients: bytes that the first backwards of a step make, each chunk by what is trained of it; they stay
     to its end. There are none yet when all forwards have kept the most.
-    reduction: what reducing them takes: within backwards, or at ZeRO-0 after the last of them.
+    reduction: what reducing them takes, within backwards or after the last of them.
     gathered: bytes of whole weights while a forward runs, and while a backward does.
     """
-    in_the_end = layout.deepspeed.zero_stage == 0
+    in_the_end = reduces_in_the_end(layout)
     chunks = chunks or [ChunkBytes.of(layout, chunk, device) for chunk in range(len(layout.shares))]
     parallel = layout.run.parallel
     sizes = (
@@ -106,7 +107,7 @@ def fullest_moment(
         before = Fullest(held, working, of_made(), whole)
         held -= _freed(action, chunk)
         made |= {action.chunk} if isinstance(action, Backward | BackwardWeight) else set()
-        at_the_end = working if is_forward else max(working, chunk.table + reduction)
+        at_the_end = working if is_forward or in_the_end else max(working, chunk.table + reduction)
         after = Fullest(held, at_the_end, of_made(), whole)
         most = max(most, before, after, key=sum)
     return max(most, Fullest(held, reduction, gradients, gathered[1]), key=sum)

@@ -14,7 +14,7 @@ from megalite.config.run import RunConfig
 from megalite.plan.buckets import REDUCTION_PIECE, bucket_sizes, live_elements
 from megalite.plan.flight import fullest_moment
 from megalite.plan.layout import RankLayout
-from megalite.plan.owner import gradients_are_let_go, state_bytes
+from megalite.plan.owner import gradients_are_let_go, reduces_in_the_end, state_bytes
 from megalite.plan.tensors import LocalTensor, tensors_of_rank, unread_in_backward
 
 MODEL_STATE = ("weights", "master copy", "gradients", "moments")
@@ -70,7 +70,7 @@ def _gathered(layout: RankLayout, tensors: list[LocalTensor], sizes: Mapping[str
 def _buckets(layout: RankLayout, sizes: Mapping[str, int]) -> int:
     """Where gradients wait for their reduction: ZeRO 1 and 2 have two to communicate while they compute."""
     stage, zero = layout.deepspeed.zero_stage, layout.deepspeed.raw.get("zero_optimization") or {}
-    if stage == 0:
+    if reduces_in_the_end(layout):
         return 0
     number = 2 if stage < 3 and zero.get("overlap_comm") else 1
     return number * sizes["reduce_bucket_size"] * layout.number_bytes
@@ -79,19 +79,25 @@ def _buckets(layout: RankLayout, sizes: Mapping[str, int]) -> int:
 def _reduction(layout: RankLayout, tensors: list[LocalTensor], bucket: int, device: str) -> int:
     """While a bucket, or a larger tensor, is reduced: its copy in one piece, and the part left of it.
 
-    ZeRO-0 reduces all in one. ZeRO-3 copies no tensor that it reduces by itself and that divides, and leaves
-    the part in its place; on a CPU a piece is on its way, comes, and is summed.
+    ZeRO-0 and BF16_Optimizer reduce all in one. ZeRO-3 copies no tensor that it reduces by itself and that
+    divides, and leaves the part in its place; on a CPU a piece is on its way, comes, and is summed.
     """
     trained = [tensor for tensor in tensors if tensor.is_trained]
     stage, ranks = layout.deepspeed.zero_stage, layout.num_data_ranks
-    if stage == 0:
-        return sum(tensor.numel for tensor in trained) * layout.number_bytes
+    if reduces_in_the_end(layout):  # in one piece, and once more in the format of communication
+        rounded = layout.number_bytes if layout.gradient_bytes != layout.number_bytes else 0
+        number = sum(tensor.numel for tensor in trained)
+        return number * (layout.gradient_bytes + rounded) if ranks > 1 else 0
     copied = [t.numel for t in trained if stage < 3 or t.numel % t.num_data_ranks]
     whole = max(bucket, *copied, 0)
     if stage == 3 and device == "cpu":
         piece = min(max(bucket, *(tensor.numel for tensor in trained), 0), REDUCTION_PIECE)
         return (whole + (2 * piece + piece // ranks if ranks > 1 else 0)) * layout.number_bytes
-    return (whole + (whole // ranks if ranks > 1 else 0)) * layout.number_bytes
+    part = whole // ranks if ranks > 1 else 0
+    if stage < 3:
+        return (whole + part) * layout.number_bytes
+    cast = layout.gradient_bytes if layout.gradient_bytes != layout.number_bytes else 0  # of the part
+    return whole * layout.number_bytes + part * cast
 
 
 def _communication(layout: RankLayout) -> int:

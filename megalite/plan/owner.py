@@ -46,6 +46,12 @@ def _gradients(layout: RankLayout, trained: list[LocalTensor], stepped: int) -> 
     return stepped * layout.gradient_bytes
 
 
+def reduces_in_the_end(layout: RankLayout) -> bool:
+    """Whether all gradients are reduced at once, after the last backward: ZeRO-0, and BF16_Optimizer."""
+    stage, sums_apart = layout.deepspeed.zero_stage, layout.gradient_bytes != layout.number_bytes
+    return stage == 0 or (stage == 1 and layout.deepspeed.precision == "bf16" and sums_apart)
+
+
 def gradients_are_let_go(layout: RankLayout) -> bool:
     """Whether each step makes all of them anew: ZeRO 0 and 1, unless they are summed in another format."""
     return layout.deepspeed.zero_stage < 2 and layout.gradient_bytes == layout.number_bytes

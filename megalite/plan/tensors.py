@@ -66,7 +66,8 @@ def unread_in_backward(layout: RankLayout) -> set[str]:
     """Tables that backward needs no numbers of; a head whose losses stay apart computes logits again."""
     if layout.run.task != "prefer":
         return {EMBEDDING, HEAD}
-    return set() if layout.run.model.tie_word_embeddings else {EMBEDDING}
+    has_head = any(share.has_head for share in layout.shares)
+    return set() if layout.run.model.tie_word_embeddings and has_head else {EMBEDDING}
 
 
 def modules_of(tensors: Iterable[LocalTensor]) -> Iterator[list[LocalTensor]]:

@@ -28,7 +28,8 @@ def make(folder: Path, name: str):
 def test_bodies_take_turns_and_give_a_result_for_each_round_and_rank(tmp_path):
     bodies = {name: partial(make, tmp_path, name) for name in ("ours", "theirs")}
     assert in_turns(2, bodies, rounds=3) == {name: [[2, 3, 4]] * 2 for name in bodies}
-    rows = sorted(line.split() for line in (tmp_path / "log").read_text().splitlines())
+    lines = (tmp_path / "log").read_text().splitlines()
+    rows = sorted((line.split() for line in lines), key=lambda row: float(row[0]))
     turns = [rows[at : at + 2] for at in range(0, len(rows), 2)]
     assert [{name for *_, name in turn} for turn in turns] == [{"ours"}, {"theirs"}] * 4
     for before, after in pairwise(turns):

@@ -45,6 +45,8 @@ PLANS = {
     "ZeRO-0, one micro batch": (Case(dp=2, zero=0), {"num_micro_batches": 1}),
     "ZeRO-1": (Case(dp=2, zero=1), {}),
     "ZeRO-1, one micro batch": (Case(dp=2, zero=1), {"num_micro_batches": 1}),
+    "ZeRO-1, bf16": (Case(dp=2, zero=1, precision="bf16"), {}),
+    "ZeRO-0, stages": (Case(pp=2, dp=1, zero=0), {}),
     "ZeRO-2": (Case(dp=2, zero=2), {}),
     "ZeRO-3": (Case(dp=2), {}),
     "ZeRO-3, each micro batch": (Case(dp=2, gathering="micro_batch"), {}),

@@ -259,9 +259,14 @@ def test_stages_that_are_not_equal_get_layers_so_that_they_are():
     assert not [line for line in equal.warnings if "layers_per_stage" in line]
 
 
+def test_a_cut_whose_slowest_ranks_are_equally_slow_gets_better():
+    assert balanced_cut(job_of("pp_size=4", "layers_per_stage=[3,3,1,1]")) != [3, 3, 1, 1]
+
+
+@pytest.mark.parametrize("experts", [[], EXPERTS], ids=["dense", "experts"])
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv", "interleaved"])
-def test_a_balanced_cut_is_a_cut_of_the_same_model(schedule):
-    job = job_of("pp_size=2", f"pipeline_schedule={schedule}", batch=64)
+def test_a_balanced_cut_is_a_cut_of_the_same_model(schedule, experts):
+    job = job_of("pp_size=2", f"pipeline_schedule={schedule}", *experts, batch=64)
     layers = balanced_cut(job)
     check_job(with_layers(job, layers))
     assert sum(layers) == 8 and min(layers) > 0
@@ -276,8 +281,19 @@ def test_a_row_layer_in_pieces_sends_as_much_and_hides_all_but_one(pieces):
     whole = stage_flows(job_of("tp_size=2", per_node=2), share)
     assert sent(flows) == pytest.approx(sent(whole))
     scattered = [f for f in flows if (f.kind, f.phase) == ("reduce-scatter", "forward")]
-    calls = {hidden: sum(f.num_calls for f in scattered if f.is_hidden == hidden) for hidden in (True, False)}
-    assert calls == {True: 2 * 8 * (pieces - 1), False: 2 * 8 + 2}
+    gathered = [f for f in flows if (f.kind, f.phase) == ("all-gather", "backward_input")]
+    for calls, ends in ((scattered, 2), (gathered, 1)):
+        assert sum(f.num_calls for f in calls if f.is_hidden) == 2 * 8 * (pieces - 1)
+        assert sum(f.num_calls for f in calls if not f.is_hidden) == 2 * 8 + ends
+
+
+def test_row_layers_with_adapters_and_of_routed_experts_are_not_cut():
+    adapted = job_of("tp_size=2", "row_overlap_chunks=2", "lora.rank=2", per_node=2)
+    experts = job_of("tp_size=2", "row_overlap_chunks=2", *EXPERTS, per_node=2)
+    for job, num_cut in ((adapted, 0), (experts, 8 + 1)):
+        scattered = [f for f in stage_flows(job, job.shares(0)[0]) if f.kind == "reduce-scatter"]
+        hidden = [f for f in scattered if f.is_hidden and f.phase == "forward"]
+        assert sum(f.num_calls for f in hidden) == num_cut
 
 
 def test_the_page_is_aligned_and_the_json_whole():

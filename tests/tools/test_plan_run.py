@@ -98,8 +98,6 @@ def test_steps_that_no_efficiency_explains_are_refused(run_dir, capsys):
 
 
 def test_a_run_whose_stages_cannot_be_is_not_compared(run_dir, capsys):
-    path = run_dir / "config.yaml"
-    path.write_text(f"{path.read_text(encoding='utf-8')}\n", encoding="utf-8")
     assert plan_run.main(["--measure", str(run_dir), "parallel.layers_per_stage=[3]"]) == 2
     assert "parallel.layers_per_stage adds up to 3" in capsys.readouterr().err
 
