@@ -5,8 +5,9 @@ for attention, per token. Peers take turns with it, in processes of their own, e
 transformers' Llama in a plain loop on 2 threads, in DDP, or in DeepSpeed's engine with the same settings, and
 picotron from a checkout (PICOTRON=FOLDER), which has no ZeRO, no clipping and no tied head. Weights of the
 plain loop are in bf16 where it says bf16. Two processes, and four, have a thread in each. With ZB-H1 and ZBV
-the rank with the head has two layers fewer (`parallel.layers_per_stage`). Brackets hold the middle half of
-five rounds.
+the rank with the head has two layers fewer (`parallel.layers_per_stage`). megalite keeps freed memory, as its
+launchers do with so small a model; peers have the C library's own rule. Brackets hold the middle half of five
+rounds.
 """
 
 import statistics
@@ -160,12 +161,16 @@ def our_step(row: Row, run: RunConfig) -> Callable[[], float]:
 
 def peer_step(row: Row, run: RunConfig) -> Callable[[], float]:
     """The same by the row's peer."""
+    from deepspeed.runtime.comm import coalesced_collectives
+
     from benchmarks import peers
+    from megalite.training.engine import SHIPPED_REDUCE_SCATTER
 
     batches = _batches(run, row, dist.get_rank() % row.dp_size)
     if row.peer == "picotron":
         return picotron_peer.picotron_step(run, batches, row.size("tp"), row.size("pp"))
     if row.peer == "deepspeed":
+        coalesced_collectives._torch_reduce_scatter_fn = SHIPPED_REDUCE_SCATTER  # not ours
         return peers.deepspeed_step(run, row.deepspeed, batches)
     return peers.plain_step(run, row.precision, batches, CLIP, replicated=row.peer == "ddp")
 

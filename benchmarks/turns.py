@@ -1,7 +1,7 @@
 """Worlds of processes that take turns: while one computes, the others wait."""
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import torch.distributed as dist
 from benchmarks.world import in_world
 
 PATIENCE = timedelta(minutes=10)  # for what others do in their turns
-HOST = "127.0.0.1"
+HOST, FAILED = "127.0.0.1", "failed"
 Act = Callable[[], Any]
 
 
@@ -28,6 +28,12 @@ def in_turns(size: int, bodies: Mapping[str, Callable[[], Act]], rounds: int) ->
             )
             for at, (name, make) in enumerate(bodies.items())
         }
+        done, left = wait(worlds.values(), return_when=FIRST_EXCEPTION)
+        if left:  # somebody failed: those that wait for their turn are to leave
+            for turn in range(len(bodies) * (rounds + 1)):
+                store.set(_key(turn), FAILED)
+        for world in (*done, *left):
+            world.result()
         return {name: world.result() for name, world in worlds.items()}
 
 
@@ -37,8 +43,8 @@ def _take_turns(port: int, at: int, num_bodies: int, make: Callable[[], Act], ro
     act = make
     for number in range(rounds + 1):
         turn = number * num_bodies + at
-        if turn:
-            store.wait([_key(turn)])
+        if turn and store.get(_key(turn)) == FAILED.encode():  # waits for it
+            raise RuntimeError("another world failed: see its own error")
         results.append(act())
         act = results[0]
         dist.barrier()

@@ -3,8 +3,8 @@
 DeepSpeed itself is not walked. Its collectives are written down where they belong, as one for each block of
 layers or bucket of gradients:
 
-    stage 3         weights gathered at a block's first forward of a step, or in every forward and backward;
-                    gradients reduce-scattered in every backward
+    stage 3         weights gathered at a block's first forward of a step, or in every forward and backward
+                    that reads them; gradients reduce-scattered in every backward
     stage 2         gradients reduce-scattered in every backward; weights gathered after the update
     stages 1, 0     gradients reduce-scattered, or all-reduced, after the last backward; weights as above
 

@@ -36,13 +36,18 @@ def node_bytes() -> int:
 
 
 def _limits() -> Iterator[int]:
-    """Of its control group and those around it (cgroup v2)."""
-    own = re.search(r"^0::/(.*)$", _CGROUP.read_text(), re.MULTILINE) if _CGROUP.exists() else None
-    folder = _CGROUPS / own[1] if own else _CGROUPS
-    for place in (folder, *folder.parents):
-        limit = place / "memory.max"
-        if place.is_relative_to(_CGROUPS) and limit.exists() and limit.read_text().strip().isdigit():
-            yield int(limit.read_text())
+    """Of its control group and those around it, in both versions of cgroups."""
+    groups = _CGROUP.read_text() if _CGROUP.exists() else ""
+    for line, root, name in (
+        (r"^0::/(.*)$", _CGROUPS, "memory.max"),
+        (r"^\d+:memory:/(.*)$", _CGROUPS / "memory", "memory.limit_in_bytes"),
+    ):
+        own = re.search(line, groups, re.MULTILINE)
+        folder = root / own[1] if own else root
+        for place in (folder, *folder.parents):
+            limit = place / name
+            if place.is_relative_to(root) and limit.exists() and limit.read_text().strip().isdigit():
+                yield int(limit.read_text())
 
 
 def _status(name: str) -> int:

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -105,7 +106,7 @@ class StageEngine:
         context: process groups.
         num_micro_batches: in one optimizer step.
         parameter_gathering: under ZeRO-3, gather a stage's parameters once per "step", or once per
-            "micro_batch" and direction.
+            "micro_batch" and direction, those that backward does not read in forward alone.
         bucket_sizes: keys of `zero_optimization` that the run sets, in elements, see plan/buckets.py.
         deferred: where the chunks' layers leave gradients of weights, if they do.
     """
@@ -206,10 +207,23 @@ class StageEngine:
         begin_with_the_first(self.optimizer)
         if self.context["ep"].size > 1:
             self.optimizer._get_norm_groups = self._norm_of_partitions
-        if self.context[DATA_AXES].size == 1:
-            # At ZeRO-0, and in bf16 with fp32 gradients, one rank's are put in one piece, rounded to the
-            # format of communication, and copied back.
-            self.engine.buffered_allreduce_fallback = _reduce_nothing
+        self.engine.buffered_allreduce_fallback = partial(
+            self._reduce_whole, self.engine.buffered_allreduce_fallback
+        )
+
+    def _reduce_whole(self, shipped: Callable[..., None], **options: Any) -> None:
+        """All gradients after the last backward, at ZeRO-0 and in bf16 with fp32 ones; of one rank nothing.
+
+        DeepSpeed would put the gradients of one in one piece, round them to the format of communication, and
+        copy them back.
+        """
+        clear_unreached(self.optimizer)
+        if self.context[DATA_AXES].size > 1:
+            shipped(**options)
+        elif self.config.zero_stage == 0:
+            for parameter in self.module.parameters():
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
 
     def begin_step(self) -> None:
         """Call before each optimizer step."""
@@ -286,7 +300,7 @@ class StageEngine:
             # one's gradients overwrite the first one's.
             self.optimizer.clear_backward_seen_flag()
         if self.gathers_once:
-            # Modules whose input needs no gradient, the embedding, never count the backwards to come.
+            # Modules whose input needs no gradient, as the stage itself, never count the backwards to come.
             # DeepSpeed lets go of them after each backward; here they are to stay until the last.
             offload = self.optimizer.parameter_offload
             release = offload.get_param_coordinator().release_backward_leftovers
@@ -310,7 +324,6 @@ class StageEngine:
         number never is.
         """
         set_learning_rate(self.optimizer.param_groups, learning_rate)
-        clear_unreached(self.optimizer)
         self._sum_tied_gradients()
         self._own_norm = self._gradient_norm() if self.config.zero_stage == 0 else None
         self._refuses, self._takes_step = refuses, None
@@ -445,10 +458,6 @@ def _restore_buffers(module: nn.Module, state: dict[str, torch.Tensor], device: 
         spec = spec_of(buffer)
         module.get_submodule(owner)._buffers[own_name] = kept = buffer.to(device)
         kept.spec = spec  # type: ignore[attr-defined]
-
-
-def _reduce_nothing(**options: Any) -> None:
-    """In place of DeepSpeed's reduction among one."""
 
 
 def _release_nothing() -> None:

@@ -32,14 +32,17 @@ def begin_with_the_first(optimizer: Any) -> None:
 
 @torch.no_grad()
 def clear_unreached(optimizer: Any) -> None:
-    """Zero the sums of parameters that no backward of a step reached; call it before the step is taken."""
+    """Zero the sums of parameters that no backward of a step reached on this rank; before they are reduced.
+
+    Another rank may have reached them: to it these are as others.
+    """
     if sums_in_fp32(optimizer):
-        for totals, reached in zip(
-            optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients, strict=True
-        ):
-            for total, has_gradient in zip(totals, reached, strict=True):
-                if not has_gradient:
+        groups = zip(optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients, strict=True)
+        for totals, reached in groups:
+            for index, total in enumerate(totals):
+                if not reached[index]:
                     total.zero_()
+                    reached[index] = True
 
 
 def sums_in_fp32(optimizer: Any) -> bool:

@@ -161,7 +161,7 @@ def _conclude_memory(
     if context.rank == 0:
         told = [rank.as_json() for rank in ranks]
         write_text(Path(run.output_dir, MEMORY_FILE), json.dumps({"ranks": told}, indent=1) + "\n")
-    return describe_memory(ranks, keeps_blocks=keeps_blocks)
+    return describe_memory(ranks, keeps_blocks=any(gather(keeps_blocks)))
 
 
 def _end(request: Request | None, failure: CheckpointError | None, is_reporter: bool) -> int:

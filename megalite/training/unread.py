@@ -44,13 +44,14 @@ class _FetchWhereRead:
 
 
 class _StandIn:
-    """What a parameter is while a gradient is added to it: autograd compares their shapes."""
+    """What a parameter is while a gradient is added to it: autograd looks at its strides."""
 
     def __init__(self, parameter: Any) -> None:
         self._parameter = parameter
         self._released: torch.Tensor | None = None
 
     def come(self, grad: torch.Tensor) -> None:
+        self._released = None
         if self._parameter.shape != self._parameter.ds_shape:
             self._released, self._parameter.data = self._parameter.data, shape_alone(self._parameter)
 

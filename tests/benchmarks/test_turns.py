@@ -5,6 +5,8 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
+
 from benchmarks.turns import in_turns
 
 
@@ -34,3 +36,12 @@ def test_bodies_take_turns_and_give_a_result_for_each_round_and_rank(tmp_path):
     assert [{name for *_, name in turn} for turn in turns] == [{"ours"}, {"theirs"}] * 4
     for before, after in pairwise(turns):
         assert max(float(row[1]) for row in before) <= min(float(row[0]) for row in after)
+
+
+def fail():
+    raise ValueError("no such peer")
+
+
+def test_a_world_that_fails_ends_the_others_and_says_why(tmp_path):
+    with pytest.raises(ValueError, match="no such peer"):
+        in_turns(1, {"ours": partial(make, tmp_path, "ours"), "theirs": fail}, rounds=2)

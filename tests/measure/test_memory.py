@@ -81,6 +81,11 @@ def test_a_control_group_limits_the_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "_CGROUP", tmp_path / "cgroup")
     monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
     assert node_bytes() == 5 * MIB
+    older = tmp_path / "memory" / "slurm"
+    older.mkdir(parents=True)
+    (tmp_path / "cgroup").write_text("4:memory:/slurm\n0::/job/step\n")
+    (older / "memory.limit_in_bytes").write_text(f"{3 * MIB}\n")
+    assert node_bytes() == 3 * MIB
 
 
 def test_the_table_is_of_the_rank_that_took_most():

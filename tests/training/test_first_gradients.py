@@ -27,25 +27,30 @@ def body(rank: int) -> dict[str, dict]:
     for name, case in CASES.items():
         ours = steps_of(build_trainer(rank, case), case)
         with patch.multiple(engine, **SHIPPED):
-            theirs = steps_of(build_trainer(rank, case), case)
+            theirs = steps_of(build_trainer(rank, case), case, marks=True)
         with patch.object(engine, "clear_unreached", SHIPPED["clear_unreached"]):
             stale = steps_of(build_trainer(rank, case), case)
         found[name] = {"ours": ours, "theirs": theirs, "stale": stale}
     return found
 
 
-def steps_of(trainer: StageTrainer, case: Case) -> dict:
-    """Losses, norms and masters: one step is not taken, and one does not reach the first parameter."""
+def steps_of(trainer: StageTrainer, case: Case, *, marks: bool = False) -> dict:
+    """Losses, norms and masters: one step is not taken, one does not reach rank 0's first parameter.
+
+    marks: that it counts as reached by zeros, as it is to the other rank.
+    """
     optimizer, told, reaches_all = trainer.engine.optimizer, [], True
     update = getattr(optimizer, "_update_hp_grad", None)
 
     def update_if_reached(lp, group, index, clear_lp_grads):
         if reaches_all or (group, index) != (0, 0):
             update(lp, group, index, clear_lp_grads)
+        elif marks:
+            optimizer.fp32_groups_has_gradients[group][index] = True
 
     optimizer._update_hp_grad = update_if_reached
     for step in range(NUM_STEPS):
-        reaches_all = step != UNREACHED
+        reaches_all = step != UNREACHED or trainer.context.rank > 0
         objection = (lambda loss, norm: "no") if step == REFUSED else None
         result = trainer.train_step(micro_batches(step, trainer.context, case), 1e-2, objection)
         told.append((result.loss, result.grad_norm, result.is_taken))
