@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from megalite.training.zero import is_bf16_optimizer
+
 
 def begin_with_the_first(optimizer: Any) -> None:
     """Let a BF16_Optimizer copy the first gradient of a step, and add later ones; others stay as they are."""
-    if not sums_in_fp32(optimizer):
+    if not is_bf16_optimizer(optimizer):
         return
     add = optimizer._update_hp_grad
 
@@ -36,15 +38,10 @@ def clear_unreached(optimizer: Any) -> None:
 
     Another rank may have reached them: to it these are as others.
     """
-    if sums_in_fp32(optimizer):
+    if is_bf16_optimizer(optimizer):
         groups = zip(optimizer.fp32_groups_gradients, optimizer.fp32_groups_has_gradients, strict=True)
         for totals, reached in groups:
             for index, total in enumerate(totals):
                 if not reached[index]:
                     total.zero_()
                     reached[index] = True
-
-
-def sums_in_fp32(optimizer: Any) -> bool:
-    """Whether it is DeepSpeed's BF16_Optimizer."""
-    return hasattr(optimizer, "fp32_groups_has_gradients")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megalite.training.zero import is_stage3
+from megalite.training.zero import is_bf16_optimizer, is_stage3
 
 
 def share_masters(optimizer: Any) -> None:
@@ -31,7 +31,7 @@ def share_masters(optimizer: Any) -> None:
 
 def _pairs(optimizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Each flat master partition, with the weights that it was made from, [numel] both."""
-    if isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "fp32_groups_flat_partition"):
+    if isinstance(optimizer, torch.optim.Optimizer) or is_bf16_optimizer(optimizer):
         return  # ZeRO-0 has no masters, and BF16_Optimizer none of its weights' format
     if is_stage3(optimizer):
         yield from zip(

@@ -12,7 +12,7 @@ from megalite.measure.memory import node_bytes
 from megalite.parallel.context import ParallelContext
 from megalite.plan.memory import plan_memory
 from megalite.training.engine import StageEngine
-from megalite.training.zero import inner_optimizer, is_stage3
+from megalite.training.zero import inner_optimizer, is_bf16_optimizer, is_stage3
 
 
 def settle_memory(
@@ -54,7 +54,7 @@ def _weights(engine: StageEngine) -> list[Any]:
 def _gradients(engine: StageEngine) -> list[torch.Tensor]:
     if is_stage3(engine.optimizer):
         return [engine.optimizer.grad_partitions_flat_buffer]
-    if hasattr(engine.optimizer, "fp32_groups_gradients_flat"):  # BF16_Optimizer
+    if is_bf16_optimizer(engine.optimizer):
         return list(engine.optimizer.fp32_groups_gradients_flat)
     return [p.grad for p in engine.module.parameters() if p.grad is not None]
 

@@ -30,6 +30,11 @@ def is_stage3(optimizer: Any) -> bool:
     return hasattr(optimizer, "parameter_offload")
 
 
+def is_bf16_optimizer(optimizer: Any) -> bool:
+    """Whether gradients in bf16 are summed in fp32 below ZeRO-3: DeepSpeed's BF16_Optimizer."""
+    return hasattr(optimizer, "fp32_groups_has_gradients")
+
+
 def master_slices(
     optimizer: Any, parameters: Iterable[nn.Parameter], data_rank: int
 ) -> Iterator[MasterSlice]:
@@ -76,7 +81,7 @@ def reduced_gradients(optimizer: Any, parameter: nn.Parameter) -> list[torch.Ten
     for index, group in enumerate(_parameter_groups(optimizer)):
         for place, member in enumerate(group):
             if member is parameter:
-                if hasattr(optimizer, "fp32_groups_gradients"):  # BF16_Optimizer
+                if is_bf16_optimizer(optimizer):
                     return list(optimizer.fp32_groups_gradients[index])
                 gradients = optimizer.averaged_gradients[index]
                 return [gradients[place]] if is_stage3(optimizer) else list(gradients)
@@ -140,7 +145,7 @@ def with_shapes(optimizer: Any, parameters: Sequence[nn.Parameter]) -> Iterator[
 
 
 def _flat_partitions(optimizer: Any) -> list[torch.Tensor]:
-    if hasattr(optimizer, "fp32_groups_flat_partition"):  # BF16_Optimizer
+    if is_bf16_optimizer(optimizer):
         return optimizer.fp32_groups_flat_partition
     return optimizer.single_partition_of_fp32_groups
 
