@@ -24,6 +24,7 @@ CASES = [
     ),
     Case(cp=2, recompute="full", documents=True, model_kind="norms"),
     Case(cp=2, tp=2, documents=True, recompute="selective", way="ring"),
+    *(Case(cp=2, way=way, documents=True, memory=False) for way in WAYS),
     Case(cp=2, tp=2, sp=False, zero=1, way="heads", documents=True),
     Case(cp=2, pp=2, zero=2, documents=True, tied=True),
     Case(cp=2, pp=2, schedule="afab", recompute="full", uneven=True, way="ring"),

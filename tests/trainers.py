@@ -95,6 +95,7 @@ class Case:
     products: str = "auto"  # what computes them in linear layers
     tied: bool = False
     row_chunks: int = 1  # of what row layers scatter
+    memory: bool = True  # that ranks share, instead of sockets
     recompute: str = "none"
     offload: bool = False
     tile: int = 0  # tokens of an MLP at a time
@@ -136,6 +137,7 @@ def run_config(case: Case, optimizer: OptimizerConfig = ADAM, **sections: Any) -
         ep_size=case.ep,
         sequence_parallel=case.sp,
         row_overlap_chunks=case.row_chunks,
+        share_node_memory=case.memory,
         pipeline_schedule=case.schedule,
         num_chunks=case.chunks,
         layers_per_stage=case.layers and list(case.layers),

@@ -31,6 +31,10 @@ class ParallelConfig(Section):
         description="Sequence parallelism: pieces in which row layers' sums are scattered, each while the "
         "next is computed. Not with fp8, nor in layers with adapters.",
     )
+    share_node_memory: bool = Field(
+        True,
+        description="CPU: ranks of a node exchange tensors through memory that they share, not sockets.",
+    )
     pipeline_schedule: Literal["1f1b", "afab", "interleaved", "zb-h1", "zbv"] = Field(
         "1f1b",
         description="Order of a stage's work: one forward one backward, all forward all backward, 1F1B over "

@@ -25,7 +25,8 @@ def decoding_context(
     if world_size == 1:
         return ParallelContext(device=device)
     copies = kv_copies(model.num_key_value_heads, world_size)
-    return ParallelContext.build(Topology(world_size, tp_size=world_size, kv_copy_size=copies), rank, device)
+    topology = Topology(world_size, tp_size=world_size, kv_copy_size=copies)
+    return ParallelContext.build(topology, rank, device).share_memory()
 
 
 def decode(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from megalite.parallel.node_memory import share_memory
 from megalite.parallel.topology import DATA_AXES, MODEL_AXES, STAGE_AXES, Topology
 
 Group = dist.ProcessGroup | None  # None is a group of one: no process group is needed for it
@@ -21,6 +22,9 @@ GROUPS = [
     ("ep",),  # other experts: tokens go to them
     ("edp",),  # the same experts with other tokens: ZeRO partitions these over them
 ]
+
+# Over these, tensors go by way of mappings.py, which knows of memory that ranks share.
+MAPPED = [("tp",), ("kv_copy",), ("cp",), DATA_AXES, ("ep",), ("edp",)]
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,12 @@ class ParallelContext:
         has_ends = topology["pp"].size > 1
         ends = [[stages[0], stages[-1]] for stages in topology.groups("pp")] if has_ends else []
         return cls(topology, rank, device, groups, mine(ends))
+
+    def share_memory(self) -> "ParallelContext":
+        """Have groups on the CPUs of one node talk through memory; collective. This context."""
+        if self.device.type == "cpu":
+            share_memory(self._groups.get(axes) for axes in MAPPED)
+        return self
 
     def __getitem__(self, axes: str | tuple[str, ...]) -> Ranks:
         """The ranks along an axis, or along several together."""

@@ -23,6 +23,7 @@ from torch.autograd import _profiler_enabled
 from torch.profiler import record_function
 
 from megalite.parallel.context import Group, group_size
+from megalite.parallel.node_memory import Exchange, node_memory
 
 
 class _SumOfParts:
@@ -40,7 +41,7 @@ class _SumOfParts:
             self._total.add_(part)
 
 
-Work = dist.Work | _SumOfParts | None
+Work = dist.Work | Exchange | _SumOfParts | None
 SUMMED_WHOLE = {"cpu"}  # devices whose reduce-scatter, gloo's, sums everything on every rank
 WAIT = "wait for a collective"  # what a trace of torch's profiler calls it
 
@@ -53,6 +54,9 @@ def start_all_reduce(x: torch.Tensor, group: Group) -> tuple[torch.Tensor, Work]
     """Begin a sum over the group: a tensor of x's shape, valid after wait_for(work)."""
     if group_size(group) == 1:
         return x, None
+    if memory := node_memory(group, x):
+        total = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return total, memory.all_reduce(x, total)
     total = x.clone(memory_format=torch.contiguous_format)
     return total, dist.all_reduce(total, group=group, async_op=True)
 
@@ -67,6 +71,8 @@ def start_all_gather(x: torch.Tensor, group: Group) -> tuple[torch.Tensor, Work]
     if group_size(group) == 1:
         return x, None
     full = x.new_empty(x.size(0) * group_size(group), *x.shape[1:])
+    if memory := node_memory(group, x):
+        return full, memory.all_gather(x, full)
     return full, _all_gather(full, x.contiguous(), group=group, async_op=True)
 
 
@@ -87,6 +93,8 @@ def start_reduce_scatter(x: torch.Tensor, group: Group) -> tuple[torch.Tensor, W
         return x, None
     parts = by_rank(x, group)
     part = x.new_empty(parts.shape[1:])
+    if memory := node_memory(group, part, entries=group_size(group) - 1):
+        return part, memory.reduce_scatter(parts, part)
     if x.device.type in SUMMED_WHOLE:
         parts, work = start_exchange(parts, group)
         return part, _SumOfParts(work, parts, part)
@@ -98,6 +106,8 @@ def start_exchange(x: torch.Tensor, group: Group) -> tuple[torch.Tensor, Work]:
     if group_size(group) == 1:
         return x, None
     coming = torch.empty_like(x, memory_format=torch.contiguous_format)
+    if memory := node_memory(group, x[0], entries=group_size(group) - 1):
+        return coming, memory.all_to_all(x, coming)
     return coming, dist.all_to_all_single(coming, x.contiguous(), group=group, async_op=True)
 
 

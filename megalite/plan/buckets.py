@@ -17,7 +17,7 @@ from megalite.plan.tensors import LocalTensor, modules_of, tensors_of_rank
 LARGEST_BUCKET = 500_000_000  # elements; DeepSpeed's default
 LARGEST_PREFETCH = 50_000_000
 LARGEST_PERSISTENT = 100_000
-REDUCTION_PIECE = 2**21  # elements that ZeRO-3 exchanges at a time on a CPU: see training/reduction.py
+REDUCTION_PIECE = 2**19  # elements that ZeRO-3 exchanges at a time on a CPU: see training/reduction.py
 
 
 def bucket_sizes(layout: RankLayout) -> dict[str, int]:

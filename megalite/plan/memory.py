@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.run import RunConfig
+from megalite.parallel.slots import SLOTS, fits
 from megalite.plan.buckets import REDUCTION_PIECE, bucket_sizes, live_elements
 from megalite.plan.flight import fullest_moment
 from megalite.plan.layout import RankLayout
@@ -46,6 +47,7 @@ def plan_memory(
         "activations": kept,
         "working set": working,
         "communication": _communication(layout),
+        "shared memory": _shared(layout, tensors, sizes["reduce_bucket_size"], device),
     }
 
 
@@ -80,7 +82,8 @@ def _reduction(layout: RankLayout, tensors: list[LocalTensor], bucket: int, devi
     """While a bucket, or a larger tensor, is reduced: its copy in one piece, and the part left of it.
 
     ZeRO-0 and BF16_Optimizer reduce all in one. ZeRO-3 copies no tensor that it reduces by itself and that
-    divides, and leaves the part in its place; on a CPU a piece is on its way, comes, and is summed.
+    divides, and leaves the part in its place; on a CPU a piece is on its way and is summed, and over sockets
+    comes before that.
     """
     trained = [tensor for tensor in tensors if tensor.is_trained]
     stage, ranks = layout.deepspeed.zero_stage, layout.num_data_ranks
@@ -91,13 +94,43 @@ def _reduction(layout: RankLayout, tensors: list[LocalTensor], bucket: int, devi
     copied = [t.numel for t in trained if stage < 3 or t.numel % t.num_data_ranks]
     whole = max(bucket, *copied, 0)
     if stage == 3 and device == "cpu":
-        piece = min(max(bucket, *(tensor.numel for tensor in trained), 0), REDUCTION_PIECE)
-        return (whole + (2 * piece + piece // ranks if ranks > 1 else 0)) * layout.number_bytes
+        piece = _piece(tensors, bucket)
+        pieces = piece // ranks + (1 if _shares(layout, device) else 2) * piece
+        return (whole + (pieces if ranks > 1 else 0)) * layout.number_bytes
     part = whole // ranks if ranks > 1 else 0
     if stage < 3:
         return (whole + part) * layout.number_bytes
     cast = layout.gradient_bytes if layout.gradient_bytes != layout.number_bytes else 0  # of the part
     return whole * layout.number_bytes + part * cast
+
+
+def _piece(tensors: list[LocalTensor], bucket: int) -> int:
+    """Elements that ZeRO-3 reduces at a time on a CPU."""
+    return min(max(bucket, *(tensor.numel for tensor in tensors if tensor.is_trained), 0), REDUCTION_PIECE)
+
+
+def _shares(layout: RankLayout, device: str) -> bool:
+    return device == "cpu" and layout.run.parallel.share_node_memory
+
+
+def _shared(layout: RankLayout, tensors: list[LocalTensor], bucket: int, device: str) -> int:
+    """What ranks of a node exchange through: this rank's slots, and what it reads of others'.
+
+    The system counts it for each that has touched it. It is of tensor parallelism and of ZeRO-3's sums: what
+    context and expert parallelism exchange is not counted.
+    """
+    t, n, e = layout.tp_size, layout.num_data_ranks, layout.number_bytes
+    if not _shares(layout, device):
+        return 0
+    whole = layout.tokens * layout.run.model.hidden_size * e
+    if layout.run.parallel.sequence_parallel:
+        read = min(2, t - 1)  # entries of each of the others: what they say to all, and to this rank
+        of_layers = (1 + read) * (t - 1) * whole // t if fits(whole // t, t - 1) else 0
+    else:
+        of_layers = t * whole if t > 1 and fits(whole) else 0
+    reduces = n > 1 and layout.deepspeed.zero_stage == 3
+    of_sums = 2 * (n - 1) * _piece(tensors, bucket) * e // n if reduces else 0
+    return SLOTS * (of_layers + of_sums)
 
 
 def _communication(layout: RankLayout) -> int:

@@ -21,6 +21,7 @@ from megalite.config.deepspeed import DeepSpeedConfig
 from megalite.config.run import RunConfig
 from megalite.error import UserError
 from megalite.exit_status import FINISHED, MISTAKE
+from megalite.parallel.context import ParallelContext
 from megalite.preflight.device import Multiply, ecc_problem, measure_product, memory_problem
 from megalite.preflight.fault import Fault
 from megalite.preflight.folder import Token, lack_of_space, unreadable
@@ -28,7 +29,7 @@ from megalite.preflight.groups import measure_groups
 from megalite.preflight.inventory import Inventory, take_inventory
 from megalite.preflight.meeting import Meeting, StuckError, within
 from megalite.preflight.verdict import Values, Verdict
-from megalite.training.layout import build_context
+from megalite.training.layout import topology_of
 from megalite.training.precision import TORCH_DTYPES
 
 
@@ -161,7 +162,7 @@ def _groups(job: Job, meeting: Meeting, probes: Probes) -> dict[str, Any]:
             world_size=meeting.world_size,
             timeout=timedelta(seconds=2 * meeting.seconds),  # ours comes first
         )
-        context = build_context(job.run, meeting.rank, meeting.world_size, device)
+        context = ParallelContext.build(topology_of(job.run, meeting.world_size), meeting.rank, device)
         return probes.measure_groups(context, entered.append)
 
     value: dict[str, Any] = {"bandwidths": {}, "problems": [], "stuck": ""}

@@ -10,7 +10,8 @@ from megalite.parallel.topology import Topology
 
 def build_context(run: RunConfig, rank: int, world_size: int, device: torch.device) -> ParallelContext:
     """The process groups of a run; collective."""
-    return ParallelContext.build(topology_of(run, world_size), rank, device)
+    context = ParallelContext.build(topology_of(run, world_size), rank, device)
+    return context.share_memory() if run.parallel.share_node_memory else context
 
 
 def topology_of(run: RunConfig, world_size: int) -> Topology:

@@ -28,7 +28,7 @@ from megalite.training.world import gather
 
 MEETINGS, ANCHORS = 20, 5  # from which the clocks of ranks, and the profiler's, are aligned
 ANCHOR = "the profiler's clock meets the host's"
-COLLECTIVES = ("gloo:", "ncclDevKernel")
+COLLECTIVES = ("gloo:", "node:", "ncclDevKernel")
 TRANSFERS = ("gloo:send", "gloo:recv")  # the runner knows better: gloo's end when they are waited for
 WITHOUT_ACTION = {"wait": "sends to leave", "update": "optimizer"}
 

@@ -6,8 +6,10 @@ relative error: 1e-11 leaves room for the sums' length and would not hide a wron
 
 import traceback
 from collections import Counter
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from unittest.mock import patch
 
 import pytest
@@ -20,7 +22,7 @@ from megalite.kernels.products import MatrixProducts
 from megalite.model.attention import ParallelAttention, kv_copies
 from megalite.model.mlp import ParallelMLP
 from megalite.model.rope import RotaryEmbedding
-from megalite.parallel import mappings
+from megalite.parallel import context, mappings
 from megalite.parallel.context import ParallelContext
 from megalite.parallel.cross_entropy import vocab_parallel_cross_entropy
 from megalite.parallel.deferred import DeferredGradients, scalar_of
@@ -35,6 +37,7 @@ from megalite.parallel.mappings import (
     scatter_sequence,
     sum_over,
 )
+from megalite.parallel.node_memory import NodeMemory, node_memory, share_memory
 from megalite.parallel.norm import ParallelRMSNorm
 from megalite.parallel.plan import LayerPlan
 from megalite.parallel.shard import normal_initializer, sharded_parameter
@@ -49,8 +52,8 @@ CLOSE = {"rtol": 1e-11, "atol": 1e-11}
 
 def plan_of(group, sequence_parallel=False, kv_copy_size=1):
     topology = Topology(group.size(), tp_size=group.size(), kv_copy_size=kv_copy_size)
-    context = ParallelContext.build(topology, group.rank(), torch.device("cpu"))
-    return LayerPlan(context, sequence_parallel, INIT, DTYPE)
+    ranks = ParallelContext.build(topology, group.rank(), torch.device("cpu")).share_memory()
+    return LayerPlan(ranks, sequence_parallel, INIT, DTYPE)
 
 
 def full(name, *shape):
@@ -382,6 +385,15 @@ def ignored_labels_have_no_loss_and_no_gradient(group):
 PAIR = [(ColumnParallelLinear, H, OUT), (RowParallelLinear, OUT, H)]
 
 
+# Of the backend, and of memory that the ranks share.
+GATHERS_AND_SUMS = [
+    (mappings, "_all_gather", "gather"),
+    (dist, "all_to_all_single", "sum"),
+    (NodeMemory, "all_gather", "gather"),
+    (NodeMemory, "reduce_scatter", "sum"),
+]
+
+
 class Logged:
     """What layers do in a backward, in its order: products, and the beginnings and ends of collectives."""
 
@@ -399,7 +411,15 @@ class Logged:
 
         return logged
 
-    def collective(self, start, name):
+    @contextmanager
+    def collectives(self):
+        with ExitStack() as stack:
+            for place, start, name in GATHERS_AND_SUMS:
+                logged = self._collective(getattr(place, start), name)
+                stack.enter_context(patch.object(place, start, logged))
+            yield
+
+    def _collective(self, start, name):
         def logged(*tensors, **options):
             self.events.append(f"{name} begins")
             return Awaited(start(*tensors, **options), lambda: self.events.append(f"{name} ends"))
@@ -428,10 +448,7 @@ def communication_is_under_way_while_products_are_computed(group):
         log, deferred = Logged(), plan.deferred
         plan = replace(plan, kernels=replace(plan.kernels, products=log.products()))
         layers = [kind(*sizes, plan) for kind, *sizes in PAIR * 2]
-        with (
-            patch.object(mappings, "_all_gather", log.collective(mappings._all_gather, "gather")),
-            patch.object(dist, "all_to_all_single", log.collective(dist.all_to_all_single, "sum")),
-        ):
+        with log.collectives():
             y = mine(full("x", S, B, H), group)
             for layer in layers:
                 y = layer(y)
@@ -460,10 +477,7 @@ def pieces_of_rows_are_under_way_while_others_are_computed(group):
         products = replace(standard, output=log._product(standard.output, "y"))
         plan = replace(plan, row_chunks=2, kernels=replace(plan.kernels, products=products))
         layer = RowParallelLinear(OUT, H, plan)
-        with (
-            patch.object(mappings, "_all_gather", log.collective(mappings._all_gather, "gather")),
-            patch.object(dist, "all_to_all_single", log.collective(dist.all_to_all_single, "sum")),
-        ):
+        with log.collectives():
             y = layer(mine(full("x", S, B, OUT), group, -1))
             there = log.taken()
             y.sum().backward()
@@ -493,26 +507,32 @@ CHECKS = [
 ]
 
 
-def run_checks(rank):
+def run_checks(rank, through):
     """What each check found wrong, by its name: one that fails hides no other."""
     found = {}
-    for check in CHECKS:
-        try:
-            check(dist.group.WORLD)
-        except AssertionError:
-            found[check.__name__] = traceback.format_exc()
+    with patch.object(context, "share_memory", SHARINGS[through]):
+        shares = node_memory(plan_of(dist.group.WORLD).tp_group, torch.ones(1)) is not None
+        assert shares == (through == "memory" and dist.get_world_size() > 1)
+        for check in CHECKS:
+            try:
+                check(dist.group.WORLD)
+            except AssertionError:
+                found[check.__name__] = traceback.format_exc()
     return found
 
 
+SHARINGS = {"memory": share_memory, "sockets": lambda groups: None}
+
+
 @cache
-def failures_of_world(world_size):
-    return run_distributed(run_checks, world_size)
+def failures_of_world(world_size, through):
+    return run_distributed(run_checks, world_size, through)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(("world_size", "through"), [(1, "memory"), *product([2, 4], SHARINGS)], ids=str)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
-def test_parallel_layers_equal_their_unsharded_twins(check, world_size):
-    for rank, failures in enumerate(failures_of_world(world_size)):
+def test_parallel_layers_equal_their_unsharded_twins(check, world_size, through):
+    for rank, failures in enumerate(failures_of_world(world_size, through)):
         assert check.__name__ not in failures, f"rank {rank}: {failures[check.__name__]}"
 
 

@@ -5,6 +5,8 @@ for: from before the model is made to the end of the third step, the most from t
 """
 
 import gc
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -51,6 +53,9 @@ PLANS = {
     "ZeRO-3": (Case(dp=2), {}),
     "ZeRO-3, each micro batch": (Case(dp=2, gathering="micro_batch"), {}),
     "tensor, whole sequences": (Case(tp=2, sp=False, zero=1, recompute="full"), {}),
+    "tensor": (Case(tp=2, zero=1), {}),
+    "tensor, sockets": (Case(tp=2, zero=1, memory=False), {}),
+    "ZeRO-3, sockets": (Case(dp=2, memory=False), {}),
     "context": (Case(cp=2, zero=1), {}),
     "afab, tied": (Case(pp=2, zero=3, schedule="afab", tied=True), {}),
     "zbv": (Case(pp=2, zero=1, schedule="zbv"), {}),
@@ -78,10 +83,17 @@ def measure(rank: int, case: Case, **sections) -> dict:
     facts = {"model": model, "data": DataConfig(seq_length=SEQ_LENGTH)} | sections
     run, deepspeed = run_config(case, optimizer, **facts), deepspeed_of(case, number)
     planned = plan_memory(run, deepspeed, case.world_size, rank)
+    before = shared_bytes()
     context = build_context(run, rank, case.world_size, torch.device("cpu"))
     tokens = torch.randint(MODEL.vocab_size, (8 // case.dp, SEQ_LENGTH + 1))
     batches = Batch(tokens[:, :-1], tokens[:, 1:]).split(number)
-    return {"planned": planned} | take_steps(run, deepspeed, context, batches)
+    facts = take_steps(run, deepspeed, context, batches)
+    return facts | {"planned": planned, "shared": shared_bytes() - before}
+
+
+def shared_bytes() -> int:
+    """Of memory that processes share, what this one has touched; the allocator knows nothing of it."""
+    return int(re.search(r"RssShmem:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def take_steps(run: RunConfig, deepspeed: DeepSpeedConfig, context: ParallelContext, batches) -> dict:
@@ -164,7 +176,16 @@ def of_all_ranks() -> list[tuple[str, int]]:
 def test_a_rank_takes_what_is_planned(measured, name, rank):
     """Within a tenth: what a backward takes for a moment is counted roughly, all else to the byte."""
     result = measured[rank][name]
-    assert sum(result["planned"].values()) == pytest.approx(result["peak"], rel=0.1)
+    shared = result["planned"]["shared memory"]
+    assert sum(result["planned"].values()) - shared == pytest.approx(result["peak"], rel=0.1)
+
+
+@pytest.mark.parametrize(("name", "rank"), of_all_ranks())
+def test_a_rank_touches_as_much_shared_memory_as_is_planned(measured, name, rank):
+    """To some pages, since small exchanges touch one of a slot; of context and experts nothing is planned."""
+    case, result = PLANS[name][0], measured[rank][name]
+    beyond = result["shared"] - result["planned"]["shared memory"]
+    assert beyond == 0 if not case.memory else abs(beyond) < (1e5 if case.cp == case.ep == 1 else 2e6)
 
 
 @pytest.mark.parametrize(("name", "rank"), of_all_ranks())
