@@ -39,7 +39,7 @@ def plan_memory(
     kept, working, there, gathered = fullest_moment(
         layout, device, comes_and_goes, reduction=reduction, gathered=whole
     )
-    return {
+    plan = {
         **state,
         "gradients": state["gradients"] - comes_and_goes + there,
         "gathered weights": gathered,
@@ -47,8 +47,8 @@ def plan_memory(
         "activations": kept,
         "working set": working,
         "communication": _communication(layout),
-        "shared memory": _shared(layout, tensors, sizes["reduce_bucket_size"], device),
     }
+    return plan | (_shared(layout, tensors, sizes["reduce_bucket_size"]) if _shares(layout, device) else {})
 
 
 def _gathered(layout: RankLayout, tensors: list[LocalTensor], sizes: Mapping[str, int]) -> tuple[int, int]:
@@ -113,15 +113,13 @@ def _shares(layout: RankLayout, device: str) -> bool:
     return device == "cpu" and layout.run.parallel.share_node_memory
 
 
-def _shared(layout: RankLayout, tensors: list[LocalTensor], bucket: int, device: str) -> int:
+def _shared(layout: RankLayout, tensors: list[LocalTensor], bucket: int) -> dict[str, int]:
     """What ranks of a node exchange through: this rank's slots, and what it reads of others'.
 
     The system counts it for each that has touched it. It is of tensor parallelism and of ZeRO-3's sums: what
     context and expert parallelism exchange is not counted.
     """
     t, n, e = layout.tp_size, layout.num_data_ranks, layout.number_bytes
-    if not _shares(layout, device):
-        return 0
     whole = layout.tokens * layout.run.model.hidden_size * e
     if layout.run.parallel.sequence_parallel:
         read = min(2, t - 1)  # entries of each of the others: what they say to all, and to this rank
@@ -130,7 +128,7 @@ def _shared(layout: RankLayout, tensors: list[LocalTensor], bucket: int, device:
         of_layers = t * whole if t > 1 and fits(whole) else 0
     reduces = n > 1 and layout.deepspeed.zero_stage == 3
     of_sums = 2 * (n - 1) * _piece(tensors, bucket) * e // n if reduces else 0
-    return SLOTS * (of_layers + of_sums)
+    return {"shared memory": SLOTS * (of_layers + of_sums)}
 
 
 def _communication(layout: RankLayout) -> int:
