@@ -27,7 +27,7 @@ from torch.autograd import _profiler_enabled
 from torch.distributed.constants import default_pg_timeout
 from torch.profiler import record_function
 
-from megalite.parallel.slots import SLOT_BYTES, SLOTS, aligned, fits
+from megalite.parallel.slots import SLOT_BYTES, SLOTS, fits
 
 THERE, READ = b"t", b"r"
 LONGEST_WAIT = default_pg_timeout  # after which a backend gives up too
@@ -153,7 +153,7 @@ class NodeMemory:
             self._tell(READ)
 
     def _place(self, rank: int, number: int, entry: int, like: torch.Tensor) -> torch.Tensor:
-        begin = entry * aligned(like.nbytes)
+        begin = entry * like.nbytes
         room = self._slots[rank][number % SLOTS]
         return room[begin : begin + like.nbytes].view(like.dtype).view(like.shape)
 

@@ -2,14 +2,8 @@
 
 SLOTS = 4  # of each rank: exchanges that may be under way at once
 SLOT_BYTES = 16 * 2**20
-ALIGNMENT_BYTES = 64
-
-
-def aligned(num_bytes: int) -> int:
-    """Room that a tensor takes in a slot."""
-    return -(-num_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def fits(num_bytes: int, entries: int = 1) -> bool:
     """Whether `entries` tensors of so many bytes go into a slot."""
-    return entries * aligned(num_bytes) <= SLOT_BYTES
+    return entries * num_bytes <= SLOT_BYTES

@@ -24,7 +24,7 @@ from tests.harness import run_distributed
 
 STARTS = [start_all_reduce, start_all_gather, start_exchange, start_reduce_scatter]
 NUMBERS = [torch.float64, torch.float32, torch.bfloat16, torch.int64]
-SHAPES = [(), (1,), (3, 5), (7, 1, 33)]  # none is a multiple of what slots are aligned to
+SHAPES = [(), (1,), (3, 5), (7, 1, 33)]
 
 
 @pytest.fixture(params=[2, 3, 4])
@@ -146,23 +146,27 @@ def test_a_slot_that_is_read_last_is_not_written_before(size):
 
 
 def what_does_not_fit_is_left_to_the_backend(rank, size):
+    """As many bytes as a slot has, in all slots at once, and one more."""
     shared, _ = sharing_group(size)
-    works = []
-    for count in (SLOT_BYTES, SLOT_BYTES + 1):
-        full, work = start_all_gather(torch.full((count,), rank, dtype=torch.uint8), shared)
-        wait_for(work)
-        assert torch.equal(full[::count], torch.arange(size, dtype=torch.uint8))
-        works.append(isinstance(work, Exchange))
-    part, work = start_reduce_scatter(
-        torch.ones(size, SLOT_BYTES // (size - 1) + 1, dtype=torch.uint8), shared
-    )
-    wait_for(work)
-    assert part.eq(size).all()
-    return [*works, isinstance(work, Exchange)]
+    found = []
+    for start, entries in ((start_all_gather, 1), (start_reduce_scatter, size - 1)):
+        for more in (0, 1):
+            count = SLOT_BYTES // entries + more
+            shape = (count,) if entries == 1 else (size, count)
+            begun = [
+                start(torch.full(shape, number + rank, dtype=torch.uint8), shared) for number in range(SLOTS)
+            ]
+            for number, (result, work) in enumerate(begun):
+                wait_for(work)
+                terms = torch.arange(number, number + size, dtype=torch.uint8)
+                expected = terms if entries == 1 else terms.sum()
+                assert (result.view(-1, count) == expected.view(-1, 1)).all()
+            found.append(isinstance(work, Exchange))
+    return found
 
 
 def test_what_does_not_fit_is_left_to_the_backend():
-    assert run_distributed(what_does_not_fit_is_left_to_the_backend, 3, 3) == [[True, False, False]] * 3
+    assert run_distributed(what_does_not_fit_is_left_to_the_backend, 3, 3) == [[True, False] * 2] * 3
 
 
 def out_of_reach(rank, size, name, value):
