@@ -23,8 +23,8 @@ GROUPS = [
     ("edp",),  # the same experts with other tokens: ZeRO partitions these over them
 ]
 
-# Over these, tensors go by way of mappings.py, which knows of memory that ranks share.
-MAPPED = [("tp",), ("kv_copy",), ("cp",), DATA_AXES, ("ep",), ("edp",)]
+# Over these, tensors go by way of mappings.py, which finds the memory that ranks share.
+MAPPED = [("tp",), ("kv_copy",), ("cp",), DATA_AXES, ("edp",)]
 
 
 @dataclass(frozen=True)

@@ -14,16 +14,13 @@ autograd may hand one gradient tensor to two branches.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.autograd import _profiler_enabled
-from torch.profiler import record_function
 
 from megalite.parallel.context import Group, group_size
-from megalite.parallel.node_memory import Exchange, node_memory
+from megalite.parallel.node_memory import WAIT, Exchange, node_memory, span
 
 
 class _SumOfParts:
@@ -43,7 +40,6 @@ class _SumOfParts:
 
 Work = dist.Work | Exchange | _SumOfParts | None
 SUMMED_WHOLE = {"cpu"}  # devices whose reduce-scatter, gloo's, sums everything on every rank
-WAIT = "wait for a collective"  # what a trace of torch's profiler calls it
 
 # torch 2.13 gave these two new names and warns about the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -115,7 +111,7 @@ def wait_for(work: Work) -> None:
     """Wait for a collective that was begun; None is one that had nothing to do."""
     if work is None:
         return
-    with record_function(WAIT) if _profiler_enabled() else nullcontext():  # torch's profiler sees no waits
+    with span(WAIT):
         work.wait()
 
 

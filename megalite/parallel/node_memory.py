@@ -12,13 +12,11 @@ signs tells which exchange they belong to. What does not fit into a slot is left
 A group is torch's object, to which nothing can be added: whoever has it finds its memory by it.
 """
 
-import mmap
 import os
 import select
 import weakref
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,11 +25,18 @@ from torch.autograd import _profiler_enabled
 from torch.distributed.constants import default_pg_timeout
 from torch.profiler import record_function
 
-from megalite.parallel.slots import SLOT_BYTES, SLOTS, fits
+from megalite.parallel.reach import Reach, reach
+from megalite.parallel.slots import SLOTS, fits
 
+WAIT = "wait for a collective"  # what a trace of torch's profiler calls it, which sees no waits itself
 THERE, READ = b"t", b"r"
 LONGEST_WAIT = default_pg_timeout  # after which a backend gives up too
 _SHARED: "weakref.WeakKeyDictionary[dist.ProcessGroup, NodeMemory]" = weakref.WeakKeyDictionary()
+
+
+def span(name: str) -> AbstractContextManager[Any]:
+    """For a trace of torch's profiler, where one runs."""
+    return record_function(name) if _profiler_enabled() else nullcontext()
 
 
 class Exchange:
@@ -48,23 +53,17 @@ class Exchange:
 
 
 class NodeMemory:
-    """The slots of all ranks of a group, as one of them sees them. Tensors are on the CPU.
+    """The slots of all ranks of a group, as one of them sees them. Tensors are on the CPU."""
 
-    slots: of each rank, uint8 [SLOTS, SLOT_BYTES].
-    from_rank, to_rank: the pipes, by rank.
-    """
-
-    def __init__(
-        self, rank: int, slots: list[torch.Tensor], from_rank: dict[int, int], to_rank: dict[int, int]
-    ) -> None:
-        self.rank, self.size = rank, len(slots)
-        self._slots, self._from_rank, self._to_rank = slots, from_rank, to_rank
+    def __init__(self, rank: int, reached: Reach) -> None:
+        self.rank, self.size = rank, len(reached.slots)
+        self._slots, self._from_rank, self._to_rank = reached.slots, reached.from_rank, reached.to_rank
         self._begun: list[Exchange] = []  # those whose slots are taken, oldest first
         self._count = 0  # of all exchanges begun
         self._unread = 0  # the oldest exchange that this rank has not read
         self._read: set[int] = set()  # younger ones that it has
-        self._signs = {sign: dict.fromkeys(from_rank, 0) for sign in (THERE, READ)}
-        weakref.finalize(self, _close, [*from_rank.values(), *to_rank.values()])
+        self._signs = {sign: dict.fromkeys(self._from_rank, 0) for sign in (THERE, READ)}
+        weakref.finalize(self, _close, [*self._from_rank.values(), *self._to_rank.values()])
 
     def all_reduce(self, x: torch.Tensor, total: torch.Tensor) -> Exchange:
         """The sum of x over the ranks into `total`, in the order of ranks: equal on all to the last bit."""
@@ -113,8 +112,8 @@ class NodeMemory:
         """Say the same to all, or entry j to rank j; `collect` is given what rank r has said to this one."""
         number, like, to_all = self._count, said[0], len(said) == 1
         self._count += 1
-        with _traced(name):
-            self._make_room(number)
+        self._make_room(number)
+        with span(f"node:{name}"):
             for reader, x in enumerate(said):
                 if to_all or reader != self.rank:
                     entry = 0 if to_all else _entry(self.rank, reader)
@@ -126,7 +125,7 @@ class NodeMemory:
 
         def finish() -> None:
             self._wait_for(THERE, number + 1)
-            with _traced(name):
+            with span(f"node:{name}"):
                 collect(said_by)
             self._has_read(number)
 
@@ -141,8 +140,9 @@ class NodeMemory:
         here, none would read.
         """
         if number >= SLOTS:
-            self._begun.pop(0).wait()
-            self._wait_for(READ, number + 1 - SLOTS)
+            with span(WAIT):
+                self._begun.pop(0).wait()
+                self._wait_for(READ, number + 1 - SLOTS)
 
     def _has_read(self, number: int) -> None:
         """Say so in order: a count of signs says nothing of an exchange that was read before an older one."""
@@ -187,15 +187,12 @@ class NodeMemory:
 
 
 def share_memory(groups: Iterable[dist.ProcessGroup | None]) -> None:
-    """Give these groups such memory, where their ranks can reach each other's; called by all ranks of each.
-
-    One node, the same user and Linux are needed. Where one rank cannot, its group keeps to its backend.
-    """
+    """Give these groups such memory, where their ranks reach each other's; called by all ranks of each."""
     for group in groups:
         if group is not None and group.size() > 1 and group not in _SHARED:
-            memory = _shared(group)
-            if memory is not None:
-                _SHARED[group] = memory
+            reached = reach(group)
+            if reached is not None:
+                _SHARED[group] = NodeMemory(group.rank(), reached)
 
 
 def node_memory(group: dist.ProcessGroup | None, x: torch.Tensor, entries: int = 1) -> NodeMemory | None:
@@ -203,64 +200,6 @@ def node_memory(group: dist.ProcessGroup | None, x: torch.Tensor, entries: int =
     if group is None or x.device.type != "cpu" or not fits(x.nbytes, entries):
         return None
     return _SHARED.get(group)
-
-
-def _shared(group: dist.ProcessGroup) -> NodeMemory | None:
-    rank, ranks = group.rank(), range(group.size())
-    others = [other for other in ranks if other != rank]
-    pipes = {other: os.pipe() for other in others}
-    memory = _make_memory()
-    ends = {other: write for other, (_, write) in pipes.items()}
-    told: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(told, (_kernel(), os.getpid(), memory, ends), group=group)
-    opened = _opened(rank, told)
-    reached: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(reached, opened is not None, group=group)  # by now all have opened what they will
-    _close([write for _, write in pipes.values()] + ([] if memory is None else [memory]))
-    from_rank = {other: read for other, (read, _) in pipes.items()}
-    slots, to_rank = opened or ([], {})
-    if all(reached):
-        return NodeMemory(rank, slots, from_rank, to_rank)
-    _close([*from_rank.values(), *to_rank.values()])
-    return None
-
-
-def _make_memory() -> int | None:
-    """Memory of this process, all zeros and none of it taken yet; None where the system has no such thing."""
-    if not hasattr(os, "memfd_create"):
-        return None
-    memory = os.memfd_create("megalite")
-    os.truncate(memory, SLOTS * SLOT_BYTES)
-    return memory
-
-
-def _kernel() -> tuple[str, ...] | None:
-    """What processes that may know each other by number have in common."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return None
-
-
-def _opened(rank: int, told: list[Any]) -> tuple[list[torch.Tensor], dict[int, int]] | None:
-    """The slots of all ranks, and the pipes to the others; None where one of them is out of reach."""
-    slots: list[torch.Tensor] = []
-    to_rank: dict[int, int] = {}
-    kernel = told[rank][0]
-    try:
-        for other, (its_kernel, process, memory, ends) in enumerate(told):
-            if kernel is None or its_kernel != kernel or memory is None:
-                raise OSError("on another node, or in another container")
-            descriptors = Path(f"/proc/{process}/fd")
-            with open(descriptors / str(memory), "r+b", buffering=0) as file:
-                room = mmap.mmap(file.fileno(), SLOTS * SLOT_BYTES)
-            slots.append(torch.frombuffer(room, dtype=torch.uint8).view(SLOTS, SLOT_BYTES))
-            if other != rank:
-                to_rank[other] = os.open(descriptors / str(ends[rank]), os.O_WRONLY)
-    except OSError:
-        _close(to_rank.values())
-        return None
-    return slots, to_rank
 
 
 def _entry(writer: int, reader: int) -> int:
@@ -278,8 +217,3 @@ def _sum(terms: Iterable[torch.Tensor], total: torch.Tensor) -> None:
     torch.add(first, second, out=total)
     for term in others:
         total.add_(term)
-
-
-def _traced(name: str) -> AbstractContextManager[Any]:
-    """A span of torch's profiler, where one runs."""
-    return record_function(f"node:{name}") if _profiler_enabled() else nullcontext()

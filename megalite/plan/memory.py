@@ -19,6 +19,7 @@ from megalite.plan.owner import gradients_are_let_go, reduces_in_the_end, state_
 from megalite.plan.tensors import LocalTensor, tensors_of_rank, unread_in_backward
 
 MODEL_STATE = ("weights", "master copy", "gradients", "moments")
+SHARED = "shared memory"
 
 
 def plan_memory(
@@ -114,21 +115,32 @@ def _shares(layout: RankLayout, device: str) -> bool:
 
 
 def _shared(layout: RankLayout, tensors: list[LocalTensor], bucket: int) -> dict[str, int]:
-    """What ranks of a node exchange through: this rank's slots, and what it reads of others'.
+    """What ranks of a node exchange through: this rank's slots, and what it reads of others', at the most.
 
     The system counts it for each that has touched it. It is of tensor parallelism and of ZeRO-3's sums: what
-    context and expert parallelism exchange is not counted.
+    context parallelism and copies of key/value heads exchange is not counted.
     """
-    t, n, e = layout.tp_size, layout.num_data_ranks, layout.number_bytes
-    whole = layout.tokens * layout.run.model.hidden_size * e
-    if layout.run.parallel.sequence_parallel:
-        read = min(2, t - 1)  # entries of each of the others: what they say to all, and to this rank
-        of_layers = (1 + read) * (t - 1) * whole // t if fits(whole // t, t - 1) else 0
-    else:
-        of_layers = t * whole if t > 1 and fits(whole) else 0
+    n, e = layout.num_data_ranks, layout.number_bytes
     reduces = n > 1 and layout.deepspeed.zero_stage == 3
     of_sums = 2 * (n - 1) * _piece(tensors, bucket) * e // n if reduces else 0
-    return {"shared memory": SLOTS * (of_layers + of_sums)}
+    return {SHARED: SLOTS * (_slot_of_layers(layout) + of_sums)}
+
+
+def _slot_of_layers(layout: RankLayout) -> int:
+    """What tensor-parallel layers take of a slot of this rank and of each of the others.
+
+    What a rank says to all lies at a slot's beginning, and so do the parts of a sum, one for each of the
+    others, of which one is read.
+    """
+    t, parallel = layout.tp_size, layout.run.parallel
+    whole = layout.tokens * layout.run.model.hidden_size * layout.number_bytes
+    if t == 1 or not parallel.sequence_parallel:
+        return t * whole if t > 1 and fits(whole) else 0
+    parts = whole // t, whole // t // parallel.row_overlap_chunks
+    said = max((part for part in parts if fits(part)), default=0)
+    summed = max((part for part in parts if fits(part, t - 1)), default=0)
+    read = max(said, summed) if t == 2 else said + summed
+    return max(said, (t - 1) * summed) + (t - 1) * read
 
 
 def _communication(layout: RankLayout) -> int:

@@ -10,7 +10,7 @@ from megalite.config.run import RunConfig
 from megalite.measure.allocator import mapped_block_mib, settle_blocks
 from megalite.measure.memory import node_bytes
 from megalite.parallel.context import ParallelContext
-from megalite.plan.memory import plan_memory
+from megalite.plan.memory import SHARED, plan_memory
 from megalite.training.engine import StageEngine
 from megalite.training.zero import inner_optimizer, is_bf16_optimizer, is_stage3
 
@@ -24,7 +24,8 @@ def settle_memory(
     """
     if context.device.type != "cpu":
         return False
-    planned = sum(plan_memory(run, deepspeed, context.topology.world_size, context.rank).values())
+    plan = plan_memory(run, deepspeed, context.topology.world_size, context.rank)
+    planned = sum(number for name, number in plan.items() if name != SHARED)  # which no allocator gives out
     mib = mapped_block_mib(run.memory.mapped_block_mib, planned * local_world_size, node_bytes())
     return settle_blocks(mib) and mib == 0
 

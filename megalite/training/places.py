@@ -32,6 +32,7 @@ WAITS_IN = (
     "/deepspeed/runtime/zero/partition_parameters.py:wait",
     "/megalite/pipeline/p2p.py:",
     "/megalite/parallel/mappings.py:wait_for",
+    "/megalite/parallel/node_memory.py:_listen",
 )
 
 

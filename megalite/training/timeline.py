@@ -20,7 +20,7 @@ from megalite.measure.alignment import Meeting, clock_offset
 from megalite.measure.recorder import Noted, Recorder, clock_of
 from megalite.measure.timeline import RankTimeline, Span, timeline_path, write_timeline
 from megalite.parallel.context import ParallelContext
-from megalite.parallel.mappings import WAIT
+from megalite.parallel.node_memory import WAIT
 from megalite.pipeline.actions import WORDS, Action, Forward, Transfer, detail_of
 from megalite.pipeline.recording import Record, not_recorded
 from megalite.training.environment import silence_profiler

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megalite.parallel import node_memory
+from megalite.parallel import node_memory, reach
 from megalite.parallel.mappings import (
     start_all_gather,
     start_all_reduce,
@@ -169,12 +169,12 @@ def test_what_does_not_fit_is_left_to_the_backend():
     assert run_distributed(what_does_not_fit_is_left_to_the_backend, 3, 3) == [[True, False] * 2] * 3
 
 
-def out_of_reach(rank, size, name, value):
+def out_of_reach(rank, size, place, name, value):
     """Whether a group shares memory where the last rank is elsewhere; and descriptors left open."""
     group = dist.new_group(range(size))
     dist.barrier(group)
     before = len(os.listdir("/proc/self/fd"))
-    with patch.object(node_memory, name, value if rank == size - 1 else getattr(node_memory, name)):
+    with patch.object(place, name, value if rank == size - 1 else getattr(place, name)):
         share_memory([group])
     left = len(os.listdir("/proc/self/fd")) - before
     full, work = start_all_gather(torch.tensor([rank]), group)
@@ -183,17 +183,42 @@ def out_of_reach(rank, size, name, value):
     return isinstance(work, Exchange), left
 
 
+def fails(*_):
+    raise OSError("Too many open files")
+
+
+def succeeds(*arguments):
+    """A control: the patch itself changes nothing."""
+    return OPENS(*arguments)
+
+
+OPENS, MAKES = reach._opened, os.memfd_create
 ELSEWHERE = {
-    "another node": ("_kernel", lambda: ("another boot", "pid:[1]")),
-    "no /proc": ("_kernel", lambda: None),
-    "no such memory": ("_make_memory", lambda: None),
-    "others' processes are closed to it": ("_opened", lambda rank, told: None),
+    "another node": (reach, "_kernel", lambda: ("another boot", "pid:[1]")),
+    "no /proc": (reach, "_kernel", lambda: None),
+    "no pipes": (os, "pipe", fails),
+    "no such memory": (os, "memfd_create", fails),
+    "others' processes are closed to it": (os, "readlink", fails),
+    "another process has its number": (os, "memfd_create", lambda name: MAKES("another's")),
+    "pipes are closed to it": (os, "open", fails),
 }
 
 
 @pytest.mark.parametrize("why", ELSEWHERE)
 def test_where_one_rank_cannot_none_does(why):
     assert run_distributed(out_of_reach, 3, 3, *ELSEWHERE[why]) == [(False, 0)] * 3
+
+
+def test_the_patch_by_itself_changes_nothing():
+    """Control: all share, and each keeps two pipes and the memory of three for each of the others."""
+    found = run_distributed(out_of_reach, 3, 3, reach, "_opened", succeeds)
+    assert found == [(True, 2 * 2 + 3)] * 3
+
+
+def test_large_groups_do_not_share():
+    assert run_distributed(out_of_reach, 3, 3, reach, "_opened", succeeds)[0][0]
+    with patch.object(reach, "LARGEST_GROUP", 2):
+        assert run_distributed(out_of_reach, 3, 3, reach, "_opened", succeeds) == [(False, 0)] * 3
 
 
 def ends(rank, size, when):

@@ -8,6 +8,7 @@ from torch import distributed
 from megalite.config.load import known_keys
 from megalite.config.watch import WatchConfig
 from megalite.parallel.mappings import wait_for
+from megalite.parallel.node_memory import NodeMemory
 from megalite.pipeline.p2p import Arrival, Peers
 from megalite.training.places import WAITS_IN, Place, limits_of
 
@@ -55,6 +56,7 @@ def test_what_waits_for_other_ranks_is_known_by_its_place_in_the_source():
         Arrival.wait,
         Peers.finish,
         wait_for,
+        NodeMemory._listen,
         AllGatherHandle.wait,
     ]
     codes = [f"{function.__code__.co_filename}:{function.__name__}" for function in waiting]
