@@ -47,7 +47,7 @@ def test_losses_and_what_is_saved_are_those_of_torch(case, name, monkeypatch):
         pytest.skip(refusal)
     # DeepSpeed rounds otherwise than torch, and so does the formula on CPUs without AVX-512: some of bf16's
     # weights round the other way after the first step. That moves the second loss by 5e-5 of it, gradients by
-    # a hundredth, and the squares of a norm's by two; a wrong beta moves them by tens, and fp32 shows the rest.
+    # a hundredth, and the squares of a norm's by two; a wrong beta moves them by tens; fp32 shows the rest.
     flips = case.precision == "bf16"
     ours = run_distributed(train, case.world_size, case, Kernels(adamw=ADAMW[name]))
     theirs = run_distributed(train, case.world_size, case, Kernels())
