@@ -112,8 +112,8 @@ class NodeMemory:
         """Say the same to all, or entry j to rank j; `collect` is given what rank r has said to this one."""
         number, like, to_all = self._count, said[0], len(said) == 1
         self._count += 1
-        self._make_room(number)
         with span(f"node:{name}"):
+            self._make_room(number)
             for reader, x in enumerate(said):
                 if to_all or reader != self.rank:
                     entry = 0 if to_all else _entry(self.rank, reader)
