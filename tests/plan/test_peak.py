@@ -5,8 +5,6 @@ for: from before the model is made to the end of the third step, the most from t
 """
 
 import gc
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,6 +24,7 @@ from megalite.training.engine import initialize_communication
 from megalite.training.memory import state_of_engine
 from megalite.training.trainer import StageTrainer, build_context
 from tests.harness import run_distributed
+from tests.plan.test_shared_memory import shared_bytes
 from tests.trainers import ADAM, Case, deepspeed_of, run_config
 
 MODEL = ModelConfig(
@@ -89,11 +88,6 @@ def measure(rank: int, case: Case, **sections) -> dict:
     batches = Batch(tokens[:, :-1], tokens[:, 1:]).split(number)
     facts = take_steps(run, deepspeed, context, batches)
     return facts | {"planned": planned, "shared": shared_bytes() - before}
-
-
-def shared_bytes() -> int:
-    """Of memory that processes share, what this one has touched; the allocator knows nothing of it."""
-    return int(re.search(r"RssShmem:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 
 def take_steps(run: RunConfig, deepspeed: DeepSpeedConfig, context: ParallelContext, batches) -> dict:

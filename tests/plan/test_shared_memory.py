@@ -67,6 +67,7 @@ def touched(rank: int, units: int, ranks: int, pieces: int) -> int:
 
 
 def shared_bytes() -> int:
+    """Of memory that processes share, what this one has touched; no allocator knows of it."""
     found = re.search(r"RssShmem:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) * 1024
