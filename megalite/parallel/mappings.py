@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megalite.parallel.context import Group, group_size
-from megalite.parallel.node_memory import WAIT, Exchange, node_memory, span
+from megalite.parallel.node_memory import WAIT, Exchange, node_memory, span, sum_into
 
 
 class _SumOfParts:
@@ -32,10 +32,7 @@ class _SumOfParts:
     def wait(self) -> None:
         assert self._work is not None
         self._work.wait()
-        first, second, *others = self._parts
-        torch.add(first, second, out=self._total)
-        for part in others:
-            self._total.add_(part)
+        sum_into(self._total, self._parts)
 
 
 Work = dist.Work | Exchange | _SumOfParts | None

@@ -33,6 +33,9 @@ THERE, READ = b"t", b"r"
 LONGEST_WAIT = default_pg_timeout  # after which a backend gives up too
 _SHARED: "weakref.WeakKeyDictionary[dist.ProcessGroup, NodeMemory]" = weakref.WeakKeyDictionary()
 
+Said = Callable[[int], torch.Tensor]  # by a rank, to this one
+Collect = Callable[[Said], None]
+
 
 def span(name: str) -> AbstractContextManager[Any]:
     """For a trace of torch's profiler, where one runs."""
@@ -68,8 +71,8 @@ class NodeMemory:
     def all_reduce(self, x: torch.Tensor, total: torch.Tensor) -> Exchange:
         """The sum of x over the ranks into `total`, in the order of ranks: equal on all to the last bit."""
 
-        def collect(said: Callable[[int], torch.Tensor]) -> None:
-            _sum(map(said, range(self.size)), total)
+        def collect(said: Said) -> None:
+            sum_into(total, map(said, range(self.size)))
 
         return self._begin("all_reduce", [x], collect)
 
@@ -77,38 +80,32 @@ class NodeMemory:
         """x [n, ...] of each rank into `full` [t n, ...]."""
         parts = full.unflatten(0, (self.size, -1))
         parts[self.rank].copy_(x.detach())
-
-        def collect(said: Callable[[int], torch.Tensor]) -> None:
-            for rank in self._from_rank:
-                parts[rank].copy_(said(rank))
-
-        return self._begin("all_gather", [x], collect)
+        return self._begin("all_gather", [x], self._bring_into(parts))
 
     def all_to_all(self, x: torch.Tensor, coming: torch.Tensor) -> Exchange:
         """Entry j of x [t, ...] to rank j, into its `coming` [t, ...]."""
         coming[self.rank].copy_(x[self.rank].detach())
-
-        def collect(said: Callable[[int], torch.Tensor]) -> None:
-            for rank in self._from_rank:
-                coming[rank].copy_(said(rank))
-
-        return self._begin("all_to_all", list(x), collect)
+        return self._begin("all_to_all", list(x), self._bring_into(coming))
 
     def reduce_scatter(self, parts: torch.Tensor, part: torch.Tensor) -> Exchange:
         """The sum over the ranks, in their order, of entry j of `parts` [t, ...], into rank j's `part`."""
         mine = parts[self.rank].detach()
 
-        def collect(said: Callable[[int], torch.Tensor]) -> None:
-            _sum((mine if rank == self.rank else said(rank) for rank in range(self.size)), part)
+        def collect(said: Said) -> None:
+            sum_into(part, (mine if rank == self.rank else said(rank) for rank in range(self.size)))
 
         return self._begin("reduce_scatter", list(parts), collect)
 
-    def _begin(
-        self,
-        name: str,
-        said: list[torch.Tensor],
-        collect: Callable[[Callable[[int], torch.Tensor]], None],
-    ) -> Exchange:
+    def _bring_into(self, parts: torch.Tensor) -> Collect:
+        """What others say, into their entries of `parts` [t, ...]."""
+
+        def collect(said: Said) -> None:
+            for rank in self._from_rank:
+                parts[rank].copy_(said(rank))
+
+        return collect
+
+    def _begin(self, name: str, said: list[torch.Tensor], collect: Collect) -> Exchange:
         """Say the same to all, or entry j to rank j; `collect` is given what rank r has said to this one."""
         number, like, to_all = self._count, said[0], len(said) == 1
         self._count += 1
@@ -212,7 +209,8 @@ def _close(descriptors: Iterable[int]) -> None:
         os.close(descriptor)
 
 
-def _sum(terms: Iterable[torch.Tensor], total: torch.Tensor) -> None:
+def sum_into(total: torch.Tensor, terms: Iterable[torch.Tensor]) -> None:
+    """The sum of two terms or more, in their order."""
     first, second, *others = terms
     torch.add(first, second, out=total)
     for term in others:

@@ -187,11 +187,6 @@ def fails(*_):
     raise OSError("Too many open files")
 
 
-def succeeds(*arguments):
-    """A control: the patch itself changes nothing."""
-    return OPENS(*arguments)
-
-
 OPENS, MAKES = reach._opened, os.memfd_create
 ELSEWHERE = {
     "another node": (reach, "_kernel", lambda: ("another boot", "pid:[1]")),
@@ -211,14 +206,14 @@ def test_where_one_rank_cannot_none_does(why):
 
 def test_the_patch_by_itself_changes_nothing():
     """Control: all share, and each keeps two pipes and the memory of three for each of the others."""
-    found = run_distributed(out_of_reach, 3, 3, reach, "_opened", succeeds)
+    found = run_distributed(out_of_reach, 3, 3, reach, "_opened", OPENS)
     assert found == [(True, 2 * 2 + 3)] * 3
 
 
 def test_large_groups_do_not_share():
-    assert run_distributed(out_of_reach, 3, 3, reach, "_opened", succeeds)[0][0]
+    assert run_distributed(out_of_reach, 3, 3, reach, "_opened", OPENS)[0][0]
     with patch.object(reach, "LARGEST_GROUP", 2):
-        assert run_distributed(out_of_reach, 3, 3, reach, "_opened", succeeds) == [(False, 0)] * 3
+        assert run_distributed(out_of_reach, 3, 3, reach, "_opened", OPENS) == [(False, 0)] * 3
 
 
 def ends(rank, size, when):
