@@ -9,7 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from math import isfinite
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from deepspeed.runtime.comm import coalesced_collectives
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+from deepspeed.utils import numa
 from torch import nn
 
 from megalite.batch import Batch
@@ -33,6 +34,7 @@ from megalite.parallel.shard import spec_of
 from megalite.parallel.topology import DATA_AXES, MODEL_AXES
 from megalite.training.eager_hooks import leave_compiler_out
 from megalite.training.first_gradients import begin_with_the_first, clear_unreached
+from megalite.training.last_uses import LastUses
 from megalite.training.masters import share_masters, update_from_partitions
 from megalite.training.precision import TORCH_DTYPES
 from megalite.training.reduction import by_pieces
@@ -51,6 +53,7 @@ EXPERTS = "experts"  # our name in DeepSpeed's tables of groups
 Refuses = Callable[[float], bool]
 NO_SIZES: Mapping[str, int] = {}
 NEVER_RELEASED = int(1e15)  # elements: a reuse distance that no model reaches
+CORES_COUNTED_ONCE = cache(numa.get_numa_cores)
 SHIPPED_REDUCE_SCATTER = coalesced_collectives._torch_reduce_scatter_fn
 TESTED_VERSION = (0, 19, 8)  # its inside is patched here and read in zero.py: others of 0.19 may follow
 
@@ -73,6 +76,8 @@ def initialize_communication() -> None:
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     # It decorates its Muon, which no recipe uses, with torch.compile: every start would import the compiler.
     deepspeed.runtime.compiler.compile = lambda: lambda function: function
+    # It counts a CPU's nodes of memory at every sum of gradients under ZeRO-3, by a process that it starts.
+    numa.get_numa_cores = CORES_COUNTED_ONCE
     coalesced_collectives._torch_reduce_scatter_fn = by_pieces(SHIPPED_REDUCE_SCATTER)
     deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)
 
@@ -196,6 +201,8 @@ class StageEngine:
         """
         leave_unread_weights(self.module)
         self.optimizer.parameter_offload.fwd_pre_hook.remove()
+        if self.gathers_once:
+            LastUses(self.optimizer.parameter_offload.get_param_coordinator()).answer()
         # The trace's check that all ranks agree speaks to the whole world in the middle of a forward,
         # while later stages still wait for their input: ask only the ranks that share the partitions.
         partitioned_param_coordinator.assert_ints_same_as_other_ranks = _agreement_check(
