@@ -5,7 +5,7 @@ optimizer. All runs are fp32, 3 micro batches a step, clipped in every step; one
 as large as the others', so that clipping after orthogonalising would show.
 
 Tolerances: a layout sums the same numbers in another order, about 1e-7 relative per sum, and Newton-Schulz
-multiplies what small singular values got of that by some hundreds, times the rate: ten steps have been seen
+multiplies what small singular values got of that by some hundreds, times the rate: ten steps were seen
 to end with losses 1e-7 and weights 3e-7 apart. 1e-5 is allowed of both; a matrix that is orthogonalised in
 parts moves by another 1e-2.
 """
@@ -226,7 +226,7 @@ def assert_same(outcome: Outcome, curve: Curve, weights: dict[str, torch.Tensor]
             assert differences.max() < 1e-5, f"{name}: {differences.max():.1e}"
         else:
             # AdamW divides a gradient by its own size: where that is near epsilon, a rounding shows. So one
-            # number in a thousand may differ more, by less than a hundredth of what ten steps move it.
+            # number in a thousand may differ more, by less than a hundredth of what the steps move it.
             assert (differences > 1e-5).float().mean() < 1e-3, name
             assert differences.max() < 1e-4, f"{name}: {differences.max():.1e}"
 
