@@ -25,7 +25,7 @@ from megalite.training.engine import initialize_communication
 from megalite.training.trainer import StageTrainer
 from megalite.training.zero import inner_optimizer, master_slices
 from tests.harness import run_distributed
-from tests.reference import CLIP, Curve, assert_same_numbers, learning_rate_of, reference_curve
+from tests.reference import BETA1, CLIP, Curve, assert_same_numbers, learning_rate_of, reference_curve
 from tests.trace import describe_departure
 from tests.trainers import BIAS_RATE, SEED, Case, build_trainer, global_batch_of, micro_batches
 
@@ -220,16 +220,20 @@ def run_case(rank: int, case: Case, seed: int = SEED, num_steps: int = NUM_STEPS
         )
         curve.losses.append(result.loss)
         curve.norms.append(result.grad_norm)
+        if step == 0:
+            curve.gradients = first_gradients(trainer, case)
         if result.experts is not None:
             curve.tokens.append(result.experts.tokens)
             curve.biases.append(result.experts.biases)
-    curve.gradients = first_gradients(rank, case)
     return curve
 
 
-def first_gradients(rank: int, case: Case) -> dict[str, torch.Tensor]:
-    """Every full weight gradient of the first step, put together from the slices of all ranks."""
-    return gradients_of_step(build_trainer(rank, case, HOLDS_GRADIENTS), case)
+def first_gradients(trainer: StageTrainer, case: Case) -> dict[str, torch.Tensor]:
+    """Every full weight gradient of a first step, put together from the slices of all ranks; collective.
+
+    Adam's first moment is then a part of it, of which the trainer's settings say nothing here.
+    """
+    return gradients_of_parts(parts_of_gradients(trainer, BETA1), case.world_size)
 
 
 def gradients_of_step(trainer: StageTrainer, case: Case) -> dict[str, torch.Tensor]:
@@ -238,8 +242,8 @@ def gradients_of_step(trainer: StageTrainer, case: Case) -> dict[str, torch.Tens
     return gradients_of_parts(parts_of_gradients(trainer), case.world_size)
 
 
-def parts_of_gradients(trainer: StageTrainer) -> list:
-    """This rank's slices of what an optimizer that holds gradients was given."""
+def parts_of_gradients(trainer: StageTrainer, beta1: float = 0.0) -> list:
+    """This rank's slices of what the optimizer was given in a first step."""
     parts = []
     optimizer = trainer.engine.optimizer
     for parameter in trainer.engine.module.parameters():
@@ -247,7 +251,7 @@ def parts_of_gradients(trainer: StageTrainer) -> list:
         data_rank = trainer.context[spec.averaged_over].rank
         for piece in master_slices(optimizer, [parameter], data_rank):
             state = inner_optimizer(optimizer).state[piece.flat]
-            parts.append((spec, piece.start, piece.view(state["exp_avg"]).clone()))
+            parts.append((spec, piece.start, piece.view(state["exp_avg"]) / (1 - beta1)))
     return parts
 
 

@@ -27,7 +27,6 @@ import torch.nn.functional as F
 
 from megalite.config.data import DataConfig
 from megalite.config.deepspeed import DeepSpeedConfig
-from megalite.config.optimizer import OptimizerConfig
 from megalite.config.run import RunConfig
 from megalite.config.schedule import ScheduleConfig
 from megalite.data.chat_loader import ChatLoader
@@ -48,8 +47,8 @@ from tests.reference import (
     transformers_model,
     under_our_names,
 )
-from tests.test_equivalence import HOLDS_GRADIENTS, gradients_of_parts, parts_of_gradients
-from tests.trainers import ADAM, BATCH, SEED, Case, deepspeed_config, run_config
+from tests.test_equivalence import first_gradients
+from tests.trainers import BATCH, SEED, Case, deepspeed_config, run_config
 
 NUM_STEPS = 3
 Members = tuple[tuple[int, ...], ...]  # of each sample of a global batch, its conversations
@@ -95,9 +94,7 @@ class Told(NamedTuple):
     said: list[str]
 
 
-def configs(
-    tuning: Tuning, folder: Path, optimizer: OptimizerConfig = ADAM
-) -> tuple[RunConfig, DeepSpeedConfig]:
+def configs(tuning: Tuning, folder: Path) -> tuple[RunConfig, DeepSpeedConfig]:
     data = DataConfig(
         train=[str(folder / "one.jsonl"), str(folder / "two.jsonl")],
         tokenizer=str(folder / "tokenizer"),
@@ -107,7 +104,7 @@ def configs(
     )
     model = model_of(tuning.case.model_kind, tuning.case.tied)
     schedule = ScheduleConfig(num_steps=NUM_STEPS)
-    run = run_config(tuning.case, optimizer, task="finetune", model=model, data=data, schedule=schedule)
+    run = run_config(tuning.case, task="finetune", model=model, data=data, schedule=schedule)
     deepspeed, size = deepspeed_config(tuning.case), {"train_micro_batch_size_per_gpu": tuning.micro_batch}
     return run, deepspeed.model_copy(update=size | {"raw": deepspeed.raw | size})
 
@@ -127,9 +124,8 @@ def run_tuning(rank: int, tuning: Tuning, folder: Path) -> Told:
         result = trainer.train_step(data.train.batch(step * BATCH), learning_rate_of(step))
         curve.losses.append(result.loss)
         curve.norms.append(result.grad_norm)
-    holder = StageTrainer(configs(tuning, folder, HOLDS_GRADIENTS)[0], deepspeed, context)
-    holder.train_step(data.train.batch(0), 1e-3)
-    curve.gradients = gradients_of_parts(parts_of_gradients(holder), tuning.case.world_size)
+        if step == 0:
+            curve.gradients = first_gradients(trainer, tuning.case)
     return Told(curve, tuple(members_of(data, step) for step in range(NUM_STEPS)), said)
 
 
