@@ -33,7 +33,7 @@ from tests.test_preference_equivalence import CONFIGS, global_samples
 from tests.trainers import ADAM, BATCH, SEED, SEQ_LENGTH, Case, deepspeed_of, global_batch_of, run_config
 
 WORLD_SIZE, NUM_MICRO_BATCHES = 4, 2
-TILE = 12  # tokens of an MLP at a time, in all: of most micro batches the last tile is shorter
+TILE = 24  # tokens of an MLP at a time, in all: of most micro batches the last tile is shorter
 LIMIT = 0.05  # of gradient norms: less than those of KTO, which are the smallest
 OPTIMIZERS: dict[str, OptimizerConfig] = {"adamw": ADAM, "muon": MUON, "qk-clip": CLIPS}
 LORA = LoraConfig(rank=3, alpha=6.0)
