@@ -1,9 +1,9 @@
 """Whatever ended a run, in whatever layout, it goes on bit for bit: losses, and all state on every rank.
 
 One run of each layout and ZeRO stage dies between two saves, is stopped by a signal, then by its minutes, and
-goes on to its end, once with saves at once and once with saves beside the training. Deaths are real in
-tests/chaos; here the engine is dropped within a step and a new one begins, so that all runs of a world need
-one start.
+goes on to its end, once with saves at once and once with saves beside the training; on four ranks and more in
+one of these ways, by turns. Deaths are real in tests/chaos; here the engine is dropped within a step and a new
+one begins, so that all runs of a world need one start.
 """
 
 import hashlib
@@ -134,7 +134,7 @@ def resume_in_all_ways(rank: int, cases: list[Case], folder: Path) -> list[str]:
         whole = Losses()
         _, expected = live(rank, case, folder / f"whole-{number}", whole, "its end", asynchronous=False)
         assert len(whole.rows) == NUM_STEPS
-        for beside in (False, True):
+        for beside in (False, True) if case.world_size <= 2 else (number % 2 == 0,):
             losses, started_after = Losses(), []
             for end in ENDS:
                 run_dir = folder / f"ended-{number}-{beside}"
@@ -153,6 +153,6 @@ def resume_in_all_ways(rank: int, cases: list[Case], folder: Path) -> list[str]:
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_a_run_goes_on_bit_for_bit_after_death_a_signal_and_its_minutes(world_size, tmp_path):
     layouts = [layout for layout in LAYOUTS if layout[0] * layout[1] * layout[2] == world_size]
-    cases = [Case(tp=tp, pp=pp, dp=dp, zero=zero) for tp, pp, dp in layouts for zero in range(4)]
+    cases = [Case(tp=tp, pp=pp, dp=dp, zero=zero) for zero in range(4) for tp, pp, dp in layouts]
     found = run_distributed(resume_in_all_ways, world_size, cases, tmp_path, timeout_seconds=550)
     assert found == [[]] * world_size

@@ -25,7 +25,9 @@ MEASURED_SECONDS = 8.0
 SPARE_FILES = 600
 SLICES = 20  # of the ranks, which speak one after the other
 SILENT = Limit(600.0, "watch.step_seconds", 1.0, "watch.stopped_seconds")
-MOST_CPU = 0.25  # of one core, at that load, with room for a slow machine: measured 0.06
+# Times what it costs to speak, which is as slow as the machine is: measured 3. A server that looks at all ranks
+# for each sign of life fills a core: 16.
+MOST_TO_LISTEN = 8.0
 
 
 class Rank:
@@ -103,13 +105,13 @@ def test_4096_ranks_are_watched_at_little_cost_and_one_that_is_silent_is_named(
     connected_seconds = time.monotonic() - started
 
     usage = psutil.Process(process.pid)
-    before, measured_at = sum(usage.cpu_times()[:2]), time.monotonic()
+    before, spoken = sum(usage.cpu_times()[:2]), time.process_time()
     beat(ranks, MEASURED_SECONDS)
-    share = (sum(usage.cpu_times()[:2]) - before) / (time.monotonic() - measured_at)
+    listening, speaking = sum(usage.cpu_times()[:2]) - before, time.process_time() - spoken
     assert process.exitcode is None and (tmp_path / "stderr").read_text() == ""
     rate = f"{WORLD_SIZE / BEAT_SECONDS:.0f} signs of life per second"
-    print(f"connected in {connected_seconds:.1f} s; {rate}: {share:.1%} of a core")
-    assert share < MOST_CPU
+    print(f"connected in {connected_seconds:.1f} s; {rate}: {listening / MEASURED_SECONDS:.1%} of a core")
+    assert listening < MOST_TO_LISTEN * speaking, f"{listening:.2f} and {speaking:.2f} s"
 
     victim = ranks.pop(VICTIM)
     while process.exitcode is None:
