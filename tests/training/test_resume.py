@@ -2,8 +2,8 @@
 
 One run of each layout and ZeRO stage dies between two saves, is stopped by a signal, then by its minutes, and
 goes on to its end, once with saves at once and once with saves beside the training; on four ranks and more in
-one of these ways, by turns. Deaths are real in tests/chaos; here the engine is dropped within a step and a new
-one begins, so that all runs of a world need one start.
+one of these ways, by turns. Deaths are real in tests/chaos; here the engine is dropped within a step and a
+new one begins, so that all runs of a world need one start.
 """
 
 import hashlib

@@ -25,8 +25,8 @@ MEASURED_SECONDS = 8.0
 SPARE_FILES = 600
 SLICES = 20  # of the ranks, which speak one after the other
 SILENT = Limit(600.0, "watch.step_seconds", 1.0, "watch.stopped_seconds")
-# Times what it costs to speak, which is as slow as the machine is: measured 3. A server that looks at all ranks
-# for each sign of life fills a core: 16.
+# Times what it costs to speak, which is as slow as the machine is: measured 3. A server that looks at all
+# ranks for each sign of life fills a core: 16.
 MOST_TO_LISTEN = 8.0
 
 
