@@ -67,7 +67,7 @@ def train_compiled(rank: int, cases: list[Case], folder: str) -> list[tuple[Curv
 
 
 def _train(rank: int, case: Case) -> tuple[Curve, int]:
-    """Four steps, a validation among them; and the gradients of one, of weights that ZeRO-3 lets go."""
+    """Three steps, a validation among them; and the gradients of one, of weights that ZeRO-3 lets go."""
     torch._dynamo.reset()
     counters.clear()
     before = counters["stats"]["unique_graphs"]

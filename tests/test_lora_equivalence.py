@@ -30,7 +30,7 @@ from tests.reference import (
 from tests.test_equivalence import assert_same_gradients, first_gradients
 from tests.trainers import SEED, Case, build_trainer, global_batch_of, micro_batches
 
-NUM_STEPS = 5
+NUM_STEPS = 4
 ALL = LoraConfig().targets
 LORA = LoraConfig(rank=3, alpha=6.0)
 STABLE = LoraConfig(rank=4, alpha=8.0, rank_stabilized=True, targets=["q_proj", "v_proj", "down_proj"])

@@ -30,7 +30,7 @@ from tests.muon_reference import MOMENTUM, NUM_ITERATIONS, RATE_FACTOR, train_mu
 from tests.reference import BETA1, BETA2, CLIP, EPSILON, WEIGHT_DECAY, Curve, learning_rate_of
 from tests.trainers import SEED, Case, deepspeed_config, global_batch_of, run_config
 
-NUM_STEPS, LOUD_STEP, SAMPLES, NUM_MICRO_BATCHES = 6, 2, 12, 3
+NUM_STEPS, LOUD_STEP, SAMPLES, NUM_MICRO_BATCHES = 4, 2, 12, 3
 OWN = MuonConfig(momentum=MOMENTUM, num_iterations=NUM_ITERATIONS, adamw_learning_rate_factor=RATE_FACTOR)
 MUON = OptimizerConfig(
     name="muon",
