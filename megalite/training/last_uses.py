@@ -34,7 +34,8 @@ class LastUses:
         if trace is not self._trace:
             self._trace = trace
             self._places = {p.ds_id: place for place, m in enumerate(trace) for p in _parameters(m)}
-        return {p.ds_id for p in _parameters(module) if not p.ds_persist and self._places[p.ds_id] < step_id}
+        released = (p.ds_id for p in _parameters(module) if not p.ds_persist)
+        return {number for number in released if self._places.get(number, -1) < step_id}
 
 
 def _parameters(module: Any) -> list[Any]:
